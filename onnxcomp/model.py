@@ -1,0 +1,276 @@
+"""Models on disk and in memory: loading, atomic saving, validation, size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from google.protobuf.message import DecodeError
+
+from onnxcomp.errors import GraphError
+from onnxcomp.macs import count_macs
+
+EXTERNAL_THRESHOLD = 1_500_000_000
+"""Models whose weights exceed this many bytes are saved with external data; protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Size of a model.
+
+    Attributes:
+        nodes: Number of nodes, subgraphs and functions included.
+        ops: Op type to number of nodes.
+        weight_bytes: Bytes of all weights as stored.
+        parameters: Number of weight elements.
+        macs: Multiply-accumulates of one run as far as shapes are known; 0 if none is.
+    """
+
+    nodes: int
+    ops: Mapping[str, int]
+    weight_bytes: int
+    parameters: int
+    macs: int
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Loads an ONNX model; external data stays on disk, memory-mapped when it is used.
+
+    Nodes without a name get one, so that selectors, reports and audits can name them.
+
+    Args:
+        path: An `.onnx` file.
+
+    Raises:
+        GraphError: If the file is missing, is no ONNX model, is truncated, or its external data is missing, too short,
+            or outside the model's folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise GraphError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
+    try:
+        model = ir.load(path)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise GraphError(f"{path} is not an ONNX model, or it is truncated: {error}") from error
+    except OSError as error:
+        raise GraphError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # onnx_ir raises many kinds for malformed graphs
+        raise GraphError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+    if not model.graph.outputs:
+        raise GraphError(f"{path} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
+    _check_external_data(model, path)
+    name_nodes(model)
+    return model
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Writes a model atomically: a reader sees the old file or the new one, never a part.
+
+    Weights above `EXTERNAL_THRESHOLD` bytes go into `<name>.data` beside the model.
+
+    Raises:
+        GraphError: If the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    external = weight_bytes(model) > EXTERNAL_THRESHOLD
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
+            ir.save(model, temporary, external_data=f"{path.name}.data" if external else None)
+            if external:
+                os.replace(Path(folder, f"{path.name}.data"), path.with_name(f"{path.name}.data"))
+            os.replace(temporary, path)
+    except OSError as error:
+        raise GraphError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_graph(model: ir.Model) -> None:
+    """Validates the model with the ONNX checker, without its weights.
+
+    Raises:
+        GraphError: With the checker's first complaint.
+    """
+    try:
+        onnx.checker.check_model(_skeleton(model))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise GraphError(f"the graph is not valid: {_first_line(error)}") from error
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fills in types and shapes of values as far as they can be inferred; a failure leaves them as they are."""
+    common_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+
+
+def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Gives inputs a static shape and infers the others anew.
+
+    Args:
+        model: Changed in place.
+        shapes: Input name to shape.
+
+    Raises:
+        GraphError: If an input does not exist, has another rank, or a static dimension is contradicted.
+    """
+    inputs = {v.name: v for v in model.graph.inputs}
+    for name, shape in shapes.items():
+        value = inputs.get(name)
+        if value is None:
+            raise GraphError(f"the model has no input {name!r}; it has {sorted(map(str, inputs))}")
+        if value.shape is not None:
+            if len(value.shape) != len(shape):
+                raise GraphError(f"input {name!r} has {len(value.shape)} dimensions, not {len(shape)}")
+            for axis, (old, new) in enumerate(zip(value.shape, shape, strict=True)):
+                if isinstance(old, int) and old != new:
+                    raise GraphError(f"input {name!r} has a fixed dimension {old} on axis {axis}, not {new}")
+        value.shape = ir.Shape(shape)
+    for value in _inner_values(model.graph):
+        value.shape = None
+    infer_shapes(model)
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """The main graph and all functions; subgraphs are reached through `all_nodes`."""
+    yield model.graph
+    yield from model.functions.values()
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """All nodes, those of subgraphs and functions included."""
+    for graph in graphs(model):
+        yield from graph.all_nodes()
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """All initializers, those of subgraphs included."""
+    yield from model.graph.initializers.values()
+    for graph in model.graph.subgraphs():
+        yield from graph.initializers.values()
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers as stored."""
+    return sum(v.const_value.nbytes for v in initializers(model) if v.const_value is not None)
+
+
+def model_size(model: ir.Model) -> ModelSize:
+    """Counts nodes, weights and multiply-accumulates."""
+    ops = Counter(n.op_type for n in all_nodes(model))
+    weights = [v.const_value for v in initializers(model) if v.const_value is not None]
+    return ModelSize(
+        nodes=ops.total(),
+        ops=dict(ops.most_common()),
+        weight_bytes=sum(w.nbytes for w in weights),
+        parameters=sum(w.size for w in weights),
+        macs=sum(count_macs(n) for n in model.graph.all_nodes()),
+    )
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Gives every node without a name, or with one that is taken, a unique name made of its op type and a number."""
+    taken: set[str] = set()
+    nameless: list[ir.Node] = []
+    for node in all_nodes(model):
+        if node.name and node.name not in taken:
+            taken.add(node.name)
+        else:
+            nameless.append(node)
+    counters: Counter[str] = Counter()
+    for node in nameless:
+        base = node.name or node.op_type
+        while (candidate := f"{base}_{counters[base]}") in taken:
+            counters[base] += 1
+        node.name = candidate
+        taken.add(candidate)
+
+
+def _inner_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in graph.all_nodes():
+        yield from node.outputs
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as protobuf with every larger weight replaced by an input, which is all that the checker looks at."""
+    functions = [ir.to_proto(f) for f in model.functions.values()]
+    graph = onnx.GraphProto()
+    keep: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    try:
+        for value in initializers(model):
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > 4096:
+                keep.append((value, tensor))
+                value.const_value = ir.tensor([0.0], name=tensor.name)
+        graph = ir.to_proto(model.graph)
+    finally:
+        for value, tensor in keep:
+            value.const_value = tensor
+    dropped = {v.name: v for v, _ in keep}
+    for owner in _graph_protos(graph):
+        stay = [t for t in owner.initializer if t.name not in dropped]
+        gone = [dropped[t.name] for t in owner.initializer if t.name in dropped]
+        del owner.initializer[:]
+        owner.initializer.extend(stay)
+        names = {i.name for i in owner.input}
+        owner.input.extend(
+            onnx.helper.make_tensor_value_info(v.name or "", v.dtype or 1, list(v.const_value.shape.numpy()))
+            for v in gone
+            if v.name not in names and v.const_value is not None
+        )
+    return onnx.ModelProto(
+        ir_version=model.ir_version,
+        graph=graph,
+        functions=functions,
+        opset_import=[onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items()],
+    )
+
+
+def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graph_protos(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graph_protos(inner)
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    folder = path.resolve().parent
+    for value in initializers(model):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path).resolve()
+        if not file.is_relative_to(folder):
+            raise GraphError(
+                f"{path}: weight {value.name!r} lies outside the model's folder ({tensor.location}); refused, since a "
+                "model must not read other files"
+            )
+        if not file.is_file():
+            raise GraphError(f"{path}: the file {tensor.location!r} with weight {value.name!r} is missing")
+        needed = (tensor.offset or 0) + tensor.nbytes
+        if file.stat().st_size < needed:
+            raise GraphError(
+                f"{path}: the file {tensor.location!r} is truncated: weight {value.name!r} ends at byte {needed}, the "
+                f"file at {file.stat().st_size}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,289 @@
+"""Passes over a model, the context they run in, and the pipeline that runs them in order.
+
+A pass is one frozen dataclass: its fields are its configuration and at the same time the keys of a recipe. It says
+what it wants observed, then edits the model in place and reports every edit and every refusal.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+
+import onnx_ir as ir
+
+from onnxcomp.calibrate import Runner, collect
+from onnxcomp.errors import CalibrationError, GraphError, OnnxcompError, PassError
+from onnxcomp.metrics import sqnr
+from onnxcomp.model import ModelSize, check_graph, model_size
+from onnxcomp.opset import opset, raise_opset
+from onnxcomp.select import Select
+from onnxcomp.stats import Observer
+from onnxcomp.target import Array, Capabilities, Feed
+
+Progress: TypeAlias = Callable[[str, int, int | None], None]
+"""Called with what is being done, how many steps are done, and how many there are (None if unknown)."""
+
+O = TypeVar("O", bound=Observer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One change that a pass made, or one that it refused to make.
+
+    Attributes:
+        action: `applied` or `refused`.
+        node: Name of the node that was considered.
+        op_type: Its op type.
+        detail: What was done, or why not.
+    """
+
+    action: Literal["applied", "refused"]
+    node: str
+    op_type: str
+    detail: str
+
+
+def applied(node: ir.Node, detail: str) -> Edit:
+    """Edit that was made at `node`."""
+    return Edit(action="applied", node=node.name or "", op_type=node.op_type, detail=detail)
+
+
+def refused(node: ir.Node, reason: str) -> Edit:
+    """Edit that was not made at `node`, and why."""
+    return Edit(action="refused", node=node.name or "", op_type=node.op_type, detail=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a pass may know besides the model.
+
+    Attributes:
+        capabilities: Of the target that the model is rewritten for.
+        statistics: Value name to the observer that the pass asked for, filled by calibration.
+        seed: Seed of everything random.
+        runner: Runs a model and returns named intermediate values; None when there is no data.
+        sample: One feed of the calibration data; None when there is no data.
+    """
+
+    capabilities: Capabilities
+    statistics: Mapping[str, Observer] = field(default_factory=dict)
+    seed: int = 0
+    runner: Runner | None = None
+    sample: Feed | None = None
+
+    def statistic(self, name: str, kind: type[O]) -> O:
+        """The observer of value `name`.
+
+        Raises:
+            CalibrationError: If it was not observed, or with another kind of observer.
+        """
+        found = self.statistics.get(name)
+        if not isinstance(found, kind):
+            raise CalibrationError(f"value {name!r} has no {kind.__name__}; give calibration data with --data")
+        return found
+
+    def run_sample(self, model: ir.Model, values: Sequence[str]) -> dict[str, Array]:
+        """Runs the sample feed through `model` and returns the named values.
+
+        Raises:
+            CalibrationError: If there is no data.
+        """
+        if self.runner is None or self.sample is None:
+            raise CalibrationError("this pass has to run the model; give calibration data with --data")
+        return self.runner(model, values)(self.sample)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A graph rewrite. Subclasses are frozen dataclasses with keyword-only fields.
+
+    Attributes:
+        name: Name in recipes and in the entry point group `onnxcomp.passes`.
+        summary: One line for `onnxcomp list passes`.
+        min_opset: Opset of the default domain that the pass writes; an older model is converted before the pass runs.
+        where: The nodes it may touch.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    min_opset: ClassVar[int] = 1
+    # Read by pydantic when a recipe is validated: a key that is no field is an error, and "4" is not 4.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    where: Select = Select()
+
+    def requires(self, model: ir.Model, context: Context) -> None:
+        """Refuses early, before calibration, when the pass cannot work on this model or target.
+
+        Raises:
+            PassError: With the reason.
+        """
+
+    def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
+        """What has to be observed before `apply`: name of a value of the main graph to a fresh observer."""
+        return {}
+
+    @abstractmethod
+    def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
+        """Edits `model` in place.
+
+        Returns:
+            Every edit and every refusal with its reason.
+
+        Raises:
+            PassError: If the model cannot be rewritten at all.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """What one pass of a pipeline did.
+
+    Attributes:
+        name: Name of the pass.
+        config: Its configuration.
+        edits: What it did and what it refused.
+        size: Size of the model after it.
+        seconds: Wall time, calibration included.
+        sqnr: SQNR in dB of the pass's output against its input on the sample feed, worst output; None unless the
+            pipeline checks numerically.
+    """
+
+    name: str
+    config: Pass
+    edits: tuple[Edit, ...]
+    size: ModelSize
+    seconds: float
+    sqnr: float | None = None
+
+    @property
+    def applied(self) -> int:
+        """Number of edits made."""
+        return sum(e.action == "applied" for e in self.edits)
+
+
+Check = Literal["none", "graph", "numeric"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Passes that run in order for one target.
+
+    Attributes:
+        passes: The passes.
+        capabilities: Of the target.
+        runner: Runs probe models for calibration; needed only when a pass observes or `check` is `numeric`.
+        check: `graph` validates the model after every pass; `numeric` also compares outputs on the first feed.
+        seed: Seed of everything random.
+    """
+
+    passes: Sequence[Pass]
+    capabilities: Capabilities
+    runner: Runner | None = None
+    check: Check = "graph"
+    seed: int = 0
+
+    def run(
+        self, model: ir.Model, data: Iterable[Feed] | None = None, progress: Progress | None = None
+    ) -> tuple[PassReport, ...]:
+        """Rewrites `model` in place.
+
+        Args:
+            model: The model.
+            data: Calibration feeds, iterated once for every pass that observes.
+            progress: Told about every pass and every feed.
+
+        Returns:
+            One report a pass.
+
+        Raises:
+            CalibrationError: If a pass observes and there is no data.
+            PassError: If a pass fails; the message names it.
+        """
+        context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner)
+        if data is not None and self.runner is not None:
+            context = replace(context, sample=next(iter(data), None))
+        return tuple(self._run_pass(p, model, context, data, progress) for p in self.passes)
+
+    def _run_pass(
+        self,
+        step: Pass,
+        model: ir.Model,
+        context: Context,
+        data: Iterable[Feed] | None,
+        progress: Progress | None,
+    ) -> PassReport:
+        started = time.perf_counter()
+        if progress:
+            progress(step.name, 0, None)
+        try:
+            edits = _raise_opset(model, step)
+            step.requires(model, context)
+            observers = step.observers(model, context)
+            if observers:
+                if data is None or self.runner is None:
+                    raise CalibrationError("it needs calibration data; give some with --data")
+                collect(model, observers, data, self.runner, _named(progress, f"{step.name}: calibrate"))
+                context = replace(context, statistics=observers)
+            before = self._outputs(model, context)
+            edits += step.apply(model, context)
+            if self.check != "none":
+                check_graph(model)
+        except OnnxcompError as error:
+            raise type(error)(f"pass {step.name!r}: {error}") from error
+        return PassReport(
+            name=step.name,
+            config=step,
+            edits=tuple(edits),
+            size=model_size(model),
+            seconds=time.perf_counter() - started,
+            sqnr=_worst_sqnr(before, self._outputs(model, context)),
+        )
+
+    def _outputs(self, model: ir.Model, context: Context) -> dict[str, Array]:
+        if self.check != "numeric" or context.sample is None:
+            return {}
+        return context.run_sample(model, [v.name or "" for v in model.graph.outputs])
+
+
+def _raise_opset(model: ir.Model, step: Pass) -> list[Edit]:
+    before = opset(model)
+    if not raise_opset(model, step.min_opset):
+        return []
+    return [Edit(action="applied", node="", op_type="model", detail=f"opset {before} converted to {step.min_opset}")]
+
+
+def _named(progress: Progress | None, text: str) -> Callable[[int, int | None], None] | None:
+    return None if progress is None else lambda done, total: progress(text, done, total)
+
+
+def _worst_sqnr(before: Mapping[str, Array], after: Mapping[str, Array]) -> float | None:
+    shared = [sqnr(before[k], after[k]) for k in before if k in after]
+    return min(shared) if shared else None
+
+
+class IrPassAdapter:
+    """Runs `onnx_ir` passes inside one of ours and turns an exception into a `PassError`."""
+
+    def __init__(self, *passes: ir.passes.PassBase) -> None:
+        self._passes = passes
+
+    def __call__(self, model: ir.Model) -> bool:
+        """Runs the passes in order on `model`, in place.
+
+        Returns:
+            Whether any of them changed the model.
+        """
+        changed = False
+        for step in self._passes:
+            try:
+                result = step(model)
+            except Exception as error:
+                raise PassError(f"{type(step).__name__} failed: {error}") from error
+            if result.model is not model:
+                raise GraphError(f"{type(step).__name__} does not work in place")
+            changed |= result.modified
+        return changed

@@ -1,0 +1,285 @@
+"""Streaming, mergeable observers of tensors.
+
+An observer sees a tensor batch by batch and keeps a summary whose size does not grow with the number of batches. Two
+observers of the same kind merge into what one would have seen. Results do not depend on how the data was cut into
+batches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+import numpy as np
+
+from onnxcomp.errors import CalibrationError
+from onnxcomp.target import Array
+
+Self = TypeVar("Self", bound="Observer")
+
+
+class Observer(ABC):
+    """Summary of all arrays that it was shown."""
+
+    @abstractmethod
+    def update(self, x: Array) -> None:
+        """Adds one array.
+
+        Args:
+            x: Array of any shape, floating point.
+
+        Raises:
+            CalibrationError: If the array holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def merge(self: Self, other: Self) -> None:
+        """Adds everything that `other` has seen.
+
+        Raises:
+            CalibrationError: If `other` was made with other settings.
+        """
+
+
+def _finite(x: Array) -> Array:
+    if not np.isfinite(x).all():
+        bad = int(x.size - np.isfinite(x).sum())
+        raise CalibrationError(f"{bad} of {x.size} values are NaN or infinite")
+    return x
+
+
+class Histogram(Observer):
+    """Histogram whose bin width is a power of two and doubles when the range outgrows `bins`.
+
+    Bin `i` covers `[i * width, (i + 1) * width)`. As widths are powers of two, bins nest, so the outcome depends on the
+    data only and not on its order. Exact zeros are counted apart: they are representable in every quantizer.
+
+    Args:
+        bins: Largest number of bins.
+        weights: How much a value of each channel counts, shape `(channels,)`; every value counts 1 if None.
+        axis: Channel axis, for `weights`.
+
+    Attributes:
+        min: Smallest value seen.
+        max: Largest value seen.
+        count: Weight of all values seen, zeros included.
+        zeros: Weight of the exact zeros seen.
+    """
+
+    def __init__(self, bins: int = 8192, *, weights: Array | None = None, axis: int = -1) -> None:
+        if bins < 16:
+            raise CalibrationError(f"a histogram needs at least 16 bins, not {bins}")
+        self.bins = bins
+        self.weights = None if weights is None else np.asarray(weights, np.float64)
+        self.axis = axis
+        self.min = np.inf
+        self.max = -np.inf
+        self.count = 0.0
+        self.zeros = 0.0
+        self._exponent: int | None = None  # the width is 2 ** exponent
+        self._first = 0
+        self._counts = np.zeros(0)
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return 0.0 if self._exponent is None else 2.0**self._exponent
+
+    @property
+    def counts(self) -> Array:
+        """Weights of the non-zero values by bin, shape `(used_bins,)`, float64."""
+        return self._counts
+
+    @property
+    def centers(self) -> Array:
+        """Centers of the bins in `counts`, shape `(used_bins,)`, float64."""
+        return (np.arange(self._first, self._first + len(self._counts)) + 0.5) * self.width
+
+    def update(self, x: Array) -> None:
+        x = _finite(np.asarray(x))
+        if not x.size:
+            return
+        self.min = min(self.min, float(x.min()))
+        self.max = max(self.max, float(x.max()))
+        weights = None if self.weights is None else self._spread_weights(x)
+        chosen = x != 0.0
+        total = float(x.size if weights is None else weights.sum())
+        nonzero = x[chosen]
+        weights = None if weights is None else weights[chosen]
+        self.count += total
+        self.zeros += total - float(nonzero.size if weights is None else weights.sum())
+        if not nonzero.size:
+            return
+        self._widen(float(nonzero.min()), float(nonzero.max()))
+        assert self._exponent is not None
+        index = np.floor(np.ldexp(nonzero, -self._exponent)).astype(np.int64)
+        self._add(int(index.min()), np.bincount(index - index.min(), weights))
+
+    def merge(self, other: Histogram) -> None:
+        same_weights = (self.weights is None) == (other.weights is None) and (
+            self.weights is None or np.array_equal(self.weights, other.weights)  # type: ignore[arg-type]
+        )
+        if other.bins != self.bins or not same_weights:
+            raise CalibrationError("cannot merge histograms of different bins or weights")
+        self.count += other.count
+        self.zeros += other.zeros
+        self.min, self.max = min(self.min, other.min), max(self.max, other.max)
+        if other._exponent is None:
+            return
+        low = other._first * other.width
+        high = (other._first + len(other._counts)) * other.width
+        self._widen(low, np.nextafter(high, -np.inf))
+        assert self._exponent is not None
+        if other._exponent > self._exponent:
+            self._coarsen(other._exponent)
+        first, counts = other._first, other._counts
+        for _ in range(self._exponent - other._exponent):
+            first, counts = _halve(first, counts)
+        self._add(first, counts)
+
+    def quantile(self, q: float) -> float:
+        """Value below which a share `q` of all values lies, to within one bin."""
+        if not self.count:
+            raise CalibrationError("quantile of a histogram that has seen no data")
+        centers, counts = self.centers, self._counts
+        split = int(np.searchsorted(centers, 0.0))
+        centers = np.insert(centers, split, 0.0)
+        cumulative = np.cumsum(np.insert(counts, split, self.zeros))
+        i = min(int(np.searchsorted(cumulative, q * self.count)), len(centers) - 1)
+        return float(np.clip(centers[i], self.min, self.max))
+
+    def _widen(self, low: float, high: float) -> None:
+        """Makes the bins wide enough for `[low, high]` together with what is there."""
+        if self._exponent is not None:
+            low = min(low, self._first * self.width)
+            high = max(high, np.nextafter((self._first + len(self._counts)) * self.width, -np.inf))
+        # No finer than 2**-20 of the largest magnitude: float32 data has no more to say, and indices stay small.
+        finest = int(np.ceil(np.log2(max(abs(low), abs(high), 1e-300)))) - 20
+        exponent = finest if self._exponent is None else max(finest, self._exponent)
+        while np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent)) + 1 > self.bins:
+            exponent += 1
+        self._coarsen(exponent)
+
+    def _coarsen(self, exponent: int) -> None:
+        if self._exponent is not None:
+            for _ in range(exponent - self._exponent):
+                self._first, self._counts = _halve(self._first, self._counts)
+        self._exponent = exponent
+
+    def _spread_weights(self, x: Array) -> Array:
+        assert self.weights is not None
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        return np.broadcast_to(self.weights.reshape(shape), x.shape)
+
+    def _add(self, first: int, counts: Array) -> None:
+        if not len(self._counts):
+            self._first, self._counts = first, counts.astype(np.float64)
+            return
+        start = min(first, self._first)
+        stop = max(first + len(counts), self._first + len(self._counts))
+        merged = np.zeros(stop - start)
+        merged[self._first - start :][: len(self._counts)] += self._counts
+        merged[first - start :][: len(counts)] += counts
+        self._first, self._counts = start, merged
+
+
+def _halve(first: int, counts: Array) -> tuple[int, Array]:
+    """Merges bins in aligned pairs."""
+    padded = np.concatenate([np.zeros(first % 2, counts.dtype), counts])
+    padded = np.concatenate([padded, np.zeros(len(padded) % 2, counts.dtype)])
+    return first // 2, padded.reshape(-1, 2).sum(axis=1)
+
+
+class Moments(Observer):
+    """Mean and variance per channel.
+
+    Args:
+        axis: Channel axis; None summarises the whole tensor.
+    """
+
+    def __init__(self, axis: int | None = None) -> None:
+        self.axis = axis
+        self.count = 0
+        self._sum: Array = np.zeros(())
+        self._square: Array = np.zeros(())
+
+    @property
+    def mean(self) -> Array:
+        """Mean, float64, shape `(channels,)` or `()`."""
+        return self._sum / self.count
+
+    @property
+    def variance(self) -> Array:
+        """Population variance, float64, shape `(channels,)` or `()`."""
+        return np.maximum(self._square / self.count - self.mean**2, 0.0)
+
+    def update(self, x: Array) -> None:
+        x = _finite(np.asarray(x)).astype(np.float64)
+        rows = x.reshape(-1, 1) if self.axis is None else channel_rows(x, self.axis)
+        total, square = rows.sum(axis=0), (rows**2).sum(axis=0)
+        if self.axis is None:
+            total, square = total[0], square[0]
+        self._sum, self._square = self._sum + total, self._square + square
+        self.count += len(rows)
+
+    def merge(self, other: Moments) -> None:
+        if other.axis != self.axis:
+            raise CalibrationError("cannot merge moments over different axes")
+        self.count += other.count
+        self._sum, self._square = self._sum + other._sum, self._square + other._square
+
+
+class RowSample(Observer):
+    """Uniform sample without replacement of the rows of a tensor, seen as a matrix of channels.
+
+    Every row gets a random key from its position in the stream; the rows of smallest key are kept.
+
+    Args:
+        rows: Number of rows to keep.
+        axis: Channel axis.
+        seed: Seed of the keys.
+    """
+
+    def __init__(self, rows: int = 1024, axis: int = -1, seed: int = 0) -> None:
+        self.rows = rows
+        self.axis = axis
+        self._random = np.random.Generator(np.random.Philox(seed))
+        self._keys = np.zeros(0)
+        self._sample: Array | None = None
+        self.seen = 0
+
+    @property
+    def sample(self) -> Array:
+        """The rows, shape `(kept_rows, channels)`, float32."""
+        if self._sample is None:
+            raise CalibrationError("a row sample has seen no data")
+        return self._sample
+
+    def update(self, x: Array) -> None:
+        matrix = channel_rows(_finite(np.asarray(x, dtype=np.float32)), self.axis)
+        self.seen += len(matrix)
+        self._keep(self._random.random(len(matrix)), matrix)
+
+    def merge(self, other: RowSample) -> None:
+        if (other.rows, other.axis) != (self.rows, self.axis):
+            raise CalibrationError("cannot merge row samples of different settings")
+        self.seen += other.seen
+        if other._sample is not None:
+            self._keep(other._keys, other._sample)
+
+    def _keep(self, keys: Array, matrix: Array) -> None:
+        if len(self._keys) == self.rows:
+            chosen = keys < self._keys[-1]
+            keys, matrix = keys[chosen], matrix[chosen]
+        if self._sample is not None:
+            keys, matrix = np.concatenate([self._keys, keys]), np.concatenate([self._sample, matrix])
+        order = np.argsort(keys, kind="stable")[: self.rows]
+        self._keys, self._sample = keys[order], np.ascontiguousarray(matrix[order])
+
+
+def channel_rows(x: Array, axis: int) -> Array:
+    """Views a tensor as a matrix `(everything else, channels)`."""
+    if x.ndim == 0:
+        return x.reshape(1, 1)
+    return np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])

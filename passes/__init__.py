@@ -1,0 +1,1 @@
+"""Passes: one file, one rewrite of a model."""

@@ -1,0 +1,175 @@
+"""Static quantization with Q/DQ pairs, placed where the target's integer kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from annotated_types import Ge, Gt, Le
+
+from onnxcomp.edit import Editor, attribute, bypass, constant, redirect, replace_output, users
+from onnxcomp.errors import PassError
+from onnxcomp.passes._placement import Linear, Pair, Plan, plan
+from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
+from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
+from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
+from onnxcomp.stats import Histogram, Observer
+from onnxcomp.target import Array
+
+# An int32 bias is kept this far below overflow, so that the accumulator it starts has room.
+_BIAS_LIMIT = 2.0**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Quantizes activations per tensor to uint8 and weights per output channel to int8.
+
+    Values with fewer than 8 bits are carried in 8-bit containers. What is quantized follows the target's placements:
+    linear ops with their inputs, and outputs where the target needs them; elementwise ops between quantized tensors;
+    ops that only move values. A ReLU or Clip in front of a quantizer whose range lies inside it is dropped, since the
+    quantizer saturates at the same place.
+
+    Attributes:
+        activation_bits: 2 to 8.
+        weight_bits: 2 to 8; where the CPU's int8 dot product saturates, 8 becomes 7.
+        range: How ranges of activations are found; `mse` minimises the expected squared error.
+        percentile: Percent of values to cover, for `range = "percentile"`.
+        weight_range: How ranges of weights are found.
+        output_aware: With `range = "mse"`, weighs the error of each input channel of a linear op by the squared norm of
+            the weights that read it, so that the error of the op's output is minimised and not that of its input.
+        per_channel: One weight scale for each output channel instead of one for the tensor.
+        symmetric: Zero point of activations in the middle of the levels, except behind a folded ReLU.
+        bins: Bins of the histograms.
+    """
+
+    name: ClassVar[str] = "quantize"
+    summary: ClassVar[str] = "static int8 (2 to 8 bit) QDQ quantization, placed for the target's integer kernels"
+    min_opset: ClassVar[int] = 13  # DequantizeLinear along an axis
+
+    activation_bits: Annotated[int, Ge(2), Le(8)] = 8
+    weight_bits: Annotated[int, Ge(2), Le(8)] = 8
+    range: RangeMethod = "mse"
+    percentile: Annotated[float, Gt(50.0), Le(100.0)] = 99.99
+    weight_range: Literal["minmax", "mse"] = "mse"
+    output_aware: bool = True
+    per_channel: bool = True
+    symmetric: bool = False
+    bins: Annotated[int, Ge(256), Le(1 << 20)] = 8192
+
+    def requires(self, model: ir.Model, context: Context) -> None:
+        if not context.capabilities.placements:
+            raise PassError(f"target {context.capabilities.target!r} has no integer kernels")
+
+    def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
+        todo = plan(model, context.capabilities, self.where)
+        weights = _channel_weights(todo) if self.output_aware and self.range == "mse" else {}
+        observers: dict[str, Observer] = {}
+        for pair in todo.pairs.values():
+            norms, axis = weights.get(pair.observed, (None, -1))
+            observers[pair.observed] = Histogram(self.bins, weights=norms, axis=axis)
+        return observers
+
+    def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
+        todo = plan(model, context.capabilities, self.where)
+        unsigned = {pair.observed for pair in todo.pairs.values() if pair.folded is not None}
+        grids = {v: self._grid(context, pair.observed, pair.observed in unsigned) for v, pair in todo.pairs.items()}
+        editor = Editor(model)
+        edits = list(todo.refusals)
+        scales = _input_scales(todo, grids)
+        for linear in todo.linears:
+            edits.append(self._quantize_linear(editor, linear, scales[linear.input], context))
+        edits.extend(applied(node, "inputs and output quantized") for node in todo.elementwise)
+        for value, pair in todo.pairs.items():
+            if pair.folded is not None:
+                edits.append(applied(pair.folded, "dropped: the quantizer behind it saturates at the same values"))
+                bypass(pair.folded)
+            _insert(editor, value, pair, grids[value])
+        IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
+        return edits
+
+    def _grid(self, context: Context, observed: str, unsigned: bool) -> Grid:
+        histogram = context.statistic(observed, Histogram)
+        low, high = observed_range(histogram, self.range, self.activation_bits, percentile=self.percentile)
+        return activation_grid(low, high, self.activation_bits, symmetric=self.symmetric and not unsigned)
+
+    def _quantize_linear(
+        self,
+        editor: Editor,
+        linear: Linear,
+        input_scale: Array,
+        context: Context,
+    ) -> Edit:
+        weight, bias = constant(linear.weight), constant(linear.bias)
+        assert weight is not None
+        bits = min(self.weight_bits, 7) if context.capabilities.reduce_range else self.weight_bits
+        axis = linear.channel_axis if self.per_channel else None
+        grid = weight_grid(weight, bits, axis, self.weight_range)
+        if bias is not None:
+            grid = _with_room_for_bias(grid, bias.reshape(-1), input_scale)
+        linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
+        detail = f"input {self.activation_bits} bit, weight {bits} bit per {'channel' if self.per_channel else 'tensor'}"
+        if linear.bias is not None and linear.bias_user is not None and bias is not None:
+            scale = np.asarray(input_scale * grid.scale, np.float32)
+            integers = quantize_bias(editor, linear.bias, bias.reshape(-1), scale, linear.bias_user)
+            redirect(linear.bias, integers, [linear.bias_user])
+            detail += ", bias int32"
+        return applied(linear.node, detail)
+
+
+def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
+    """For every tensor that only linear ops read quantized: squared weight norm of each channel, and the channel axis."""
+    readers: dict[str, list[Linear]] = {}
+    for linear in todo.linears:
+        readers.setdefault(linear.input.name or "", []).append(linear)
+    nodes = {linear.node for linear in todo.linears}
+    shared = set()
+    for value, pair in todo.pairs.items():
+        tensor = value if pair.folded is None else pair.folded.outputs[0]
+        if tensor.name != pair.observed or tensor.is_graph_output() or set(pair.readers or users(tensor)) - nodes:
+            shared.add(pair.observed)
+    found: dict[str, tuple[Array, int]] = {}
+    for name, linears in readers.items():
+        norms = [_input_norms(linear) for linear in linears]
+        axes = {axis for _, axis in norms}
+        if name not in shared and len(axes) == 1 and len({len(n) for n, _ in norms}) == 1:
+            found[name] = (np.sum([n for n, _ in norms], axis=0), axes.pop())
+    return found
+
+
+def _input_norms(linear: Linear) -> tuple[Array, int]:
+    weight = constant(linear.weight)
+    assert weight is not None
+    squares = weight.astype(np.float64) ** 2
+    if linear.node.op_type != "Conv":
+        return squares.sum(axis=linear.channel_axis), -1
+    groups = int(attribute(linear.node, "group", 1))
+    grouped = squares.reshape(groups, -1, *squares.shape[1:])
+    return grouped.sum(axis=(1, *range(3, grouped.ndim))).reshape(-1), 1
+
+
+def _input_scales(todo: Plan, grids: Mapping[ir.Value, Grid]) -> dict[ir.Value, Array]:
+    """Scale of the tensor that each linear op reads: a folded activation's output is kept under the value before it."""
+    scales = {value: grid.scale for value, grid in grids.items()}
+    for value, pair in todo.pairs.items():
+        if pair.folded is not None:
+            scales[pair.folded.outputs[0]] = grids[value].scale
+    return scales
+
+
+def _with_room_for_bias(grid: Grid, bias: Array, input_scale: Array) -> Grid:
+    """Widens the scale of channels whose weights are so small that `bias / (s_x s_w)` would overflow an int32."""
+    needed = np.abs(bias) / (input_scale * np.float32(_BIAS_LIMIT))
+    needed = needed.max() if grid.axis is None else needed
+    return replace(grid, scale=np.maximum(grid.scale, needed).astype(np.float32))
+
+
+def _insert(editor: Editor, value: ir.Value, pair: Pair, grid: Grid) -> None:
+    readers = users(value) if pair.readers is None else pair.readers
+    output = quantize_activation(editor, value, grid)
+    redirect(value, output, readers)
+    if pair.readers is None and value.is_graph_output():
+        replace_output(value, output)

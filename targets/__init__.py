@@ -1,0 +1,1 @@
+"""Targets: each knows what one runtime or device can do, compiles a model for it and runs it."""

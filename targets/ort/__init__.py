@@ -1,0 +1,65 @@
+"""ONNX Runtime on the CPU of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcomp.rewrite import Pass
+from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
+from onnxcomp.targets.ort.capabilities import capabilities
+from onnxcomp.targets.ort.compile import compile_model, open_artifact
+from onnxcomp.targets.ort.manifest import MODEL
+from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
+from onnxcomp.targets.ort.runtime import make_session, session_options
+from onnxcomp.targets.ort.session import OrtSession, reference_runner
+
+__all__ = ["OrtCpu", "reference_runner"]
+
+
+class OrtCpu(Target):
+    """Compiles for onnxruntime's CPU provider; an artifact is the ONNX model with an audit of what it is fused to."""
+
+    name: ClassVar[str] = "ort-cpu"
+    summary: ClassVar[str] = "ONNX Runtime on the CPU of this machine"
+
+    def capabilities(self) -> Capabilities:
+        """Says what onnxruntime executes on integers on this CPU."""
+        return capabilities(self.name)
+
+    def lowering(self) -> Sequence[Pass]:
+        """None: Q/DQ pairs are what onnxruntime fuses."""
+        return ()
+
+    def compile(self, model: ir.Model, out: Path) -> Artifact:
+        """Compiles a model into the folder `out`, replacing an artifact that is there; `model` stays as it is.
+
+        Raises:
+            CompileError: If onnxruntime rejects the model, or `out` holds something else than an artifact.
+            UnsupportedError: If an op has no kernel; the message names the node.
+        """
+        return compile_model(model, Path(out), self.capabilities())
+
+    def open(self, path: Path) -> Artifact:
+        """Reads and checks the artifact in folder `path`.
+
+        Raises:
+            TargetError: If `path` is not an artifact of this target, or was damaged.
+        """
+        return open_artifact(Path(path), self.name)
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
+        """Loads an artifact for running, with `threads` threads a run; 0 lets onnxruntime choose."""
+        options = session_options(threads=threads, domains=artifact.manifest["opsets"])
+        return OrtSession(make_session(artifact.path / MODEL, options), states(artifact))
+
+    def node_times(self, artifact: Artifact, feed: Feed, *, threads: int = 1, repeat: int = 10) -> Sequence[NodeTime]:
+        """Measures the time of every executed node, mean over `repeat` runs, in execution order."""
+        return node_times(artifact, feed, threads=threads, repeat=repeat)
+
+    def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
+        """Peak resident memory in bytes of a process that only loads the artifact and runs it."""
+        return peak_memory(artifact, feed, threads=threads)

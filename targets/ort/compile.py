@@ -1,0 +1,179 @@
+"""Compiles a model into an artifact folder, and opens such folders."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from onnxcomp.errors import CompileError, GraphError, TargetError
+from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, name_nodes, weight_bytes
+from onnxcomp.target import Artifact, Audit, Capabilities
+from onnxcomp.targets.ort.audit import audit
+from onnxcomp.targets.ort.feeds import read_state
+from onnxcomp.targets.ort.manifest import (
+    DATA,
+    MANIFEST,
+    MODEL,
+    Manifest,
+    check_files,
+    read_manifest,
+    tensor_entry,
+    versions,
+    write_manifest,
+)  # fmt: skip
+from onnxcomp.targets.ort.runtime import make_session, session_options
+from onnxcomp.targets.ort.session import OrtSession
+
+_log = logging.getLogger(__name__)
+
+
+def compile_model(model: ir.Model, out: Path, capabilities: Capabilities) -> Artifact:
+    """Compiles `model`, which stays as it is, into the folder `out`.
+
+    The folder is built beside `out` and moved into place when it is complete. An artifact that is there is replaced by
+    a rename; anything else that is there is left alone.
+
+    Raises:
+        CompileError: If onnxruntime rejects the model, or `out` cannot be written or holds something else.
+        UnsupportedError: If an op has no kernel.
+    """
+    out = out.resolve()
+    _check_place(out)
+    opset = model.opset_imports.get("", 0)
+    if opset > capabilities.max_opset:
+        raise CompileError(
+            f"the model has opset {opset}, the installed onnxruntime has kernels up to {capabilities.max_opset}; "
+            "convert the model to that opset, or install a newer onnxruntime"
+        )
+    working = _prepare(model)
+    with _scratch(out) as scratch:
+        folder = scratch / "artifact"
+        folder.mkdir()
+        manifest = _build(working, folder, scratch, capabilities)
+        _put(folder, out, scratch)
+    return _artifact(out, manifest)
+
+
+def open_artifact(path: Path, target: str) -> Artifact:
+    """Reads the artifact in folder `path`, and checks it in full.
+
+    Raises:
+        TargetError: If it is not an artifact of `target`, or was damaged.
+    """
+    manifest = read_manifest(path, target)
+    check_files(path, manifest)
+    compiled, installed = manifest.versions.get("onnxruntime"), versions().get("onnxruntime")
+    if compiled != installed:
+        _log.warning(
+            "%s was compiled and audited with onnxruntime %s, but %s is installed; compile it again to know what runs",
+            path, compiled, installed,
+        )  # fmt: skip
+    return _artifact(path, manifest)
+
+
+def _artifact(path: Path, manifest: Manifest) -> Artifact:
+    return Artifact(path=path, manifest=manifest.model_dump(), audit=manifest.to_audit())
+
+
+def _prepare(model: ir.Model) -> ir.Model:
+    """A copy without function calls and with unique node names, so that every node can be told apart afterwards."""
+    working = model.clone()
+    if working.functions:
+        try:
+            common_passes.InlinePass()(working)
+        except Exception as error:  # onnx_ir wraps whatever goes wrong in a pass
+            cause = error.__cause__ or error
+            raise CompileError(
+                f"the model's functions {[f[1] for f in working.functions]} cannot be inlined: {cause}"
+            ) from error
+    name_nodes(working)
+    return working
+
+
+def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilities) -> Manifest:
+    external = DATA if weight_bytes(model) > EXTERNAL_THRESHOLD else None
+    try:
+        ir.save(model, folder / MODEL, external_data=external)
+    except (OSError, ValueError) as error:
+        raise CompileError(f"the model cannot be written to {folder}: {error}") from error
+    session, found = _audit(model, folder / MODEL, scratch)
+    return write_manifest(
+        folder,
+        found,
+        target=capabilities.target,
+        features=list(capabilities.features),
+        opsets=dict(model.opset_imports),
+        inputs=[tensor_entry(s) for s in session.inputs],
+        outputs=[tensor_entry(s) for s in session.outputs],
+        state=[s.model_dump() for s in session.state],
+    )
+
+
+def _audit(model: ir.Model, path: Path, scratch: Path) -> tuple[OrtSession, Audit]:
+    """Loads the model as it will be run and reads the optimised graph back."""
+    optimized = scratch / "optimized.onnx"
+    options = session_options(threads=1, domains=model.opset_imports)
+    options.optimized_model_filepath = str(optimized)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    names = [[v.name or "" for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+    try:
+        state = read_state(model.metadata_props, *names)
+    except GraphError as error:
+        raise CompileError(str(error)) from error
+    session = OrtSession(make_session(path, options), state)
+    infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
+    return session, audit(model, onnx.load(optimized, load_external_data=False))
+
+
+def _check_place(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise CompileError(f"{out.parent} is not a folder; create it first")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CompileError(f"{out} is a file; an artifact is a folder, give another name")
+    names = {entry.name for entry in out.iterdir()}
+    if not names:
+        return
+    if MANIFEST not in names or names - {MANIFEST, MODEL, DATA}:
+        raise CompileError(
+            f"{out} is not empty and not an artifact of onnxcomp, so it is not replaced; give a new or empty folder"
+        )
+
+
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    try:
+        scratch = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise CompileError(f"cannot write to {out.parent}: {error.strerror or error}") from error
+    try:
+        yield Path(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(folder: Path, out: Path, scratch: Path) -> None:
+    """Moves the finished folder into place; if that fails, what was there is put back."""
+    old = scratch / "old"
+    try:
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(folder, out)
+        except BaseException:
+            if old.exists():
+                os.replace(old, out)
+            raise
+    except OSError as error:
+        raise TargetError(f"cannot move the artifact to {out}: {error.strerror or error}") from error
