@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -17,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from onnxcomp.errors import GraphError
 from onnxcomp.macs import count_macs
+from onnxcomp.target import TensorSpec
 
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Models whose weights exceed this many bytes are saved with external data; protobuf ends at 2 GiB."""
@@ -274,3 +277,17 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Inputs that a feed has to give: graph inputs without a default and without streaming state."""
+    state = {entry["input"] for entry in json.loads(model.metadata_props.get("onnxcomp.state", "[]"))}
+    return tuple(
+        TensorSpec(
+            name=value.name or "",
+            dtype=np.dtype(np.float32 if value.dtype is None else value.dtype.numpy()),
+            shape=None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape),
+        )
+        for value in model.graph.inputs
+        if not value.is_initializer() and value.name not in state
+    )

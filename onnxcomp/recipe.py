@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -119,7 +120,8 @@ def _parse_pass(table: Mapping[str, Any], where: str) -> Pass:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
     try:
-        return TypeAdapter(kind).validate_python(config)
+        # As JSON, since strict validation of Python objects takes no table for a dataclass and no list for a tuple.
+        return TypeAdapter(kind).validate_json(json.dumps(config, default=str))
     except ValidationError as error:
         raise RecipeError("\n".join(_complaint(where, name, kind, e) for e in error.errors())) from error
     except RecipeError as error:

@@ -236,9 +236,9 @@ def to_json(report: Report) -> str:
     whose `config` holds the keys of a recipe. Latencies are in milliseconds, times of nodes in microseconds, sizes in
     bytes. NaN and infinity, which JSON has not, are null.
     """
-    table: dict[str, Any] = {"report_version": REPORT_VERSION, "verdict": _plain(report.verdict), **_plain(report)}
+    table: dict[str, Any] = {"report_version": REPORT_VERSION, "verdict": plain(report.verdict), **plain(report)}
     for key, model in (("before", report.before), ("after", report.after)):
-        table[key]["audit"]["integer_mac_share"] = _plain(model.audit.integer_mac_share)
+        table[key]["audit"]["integer_mac_share"] = plain(model.audit.integer_mac_share)
     for step, entry in zip(report.passes, table["passes"], strict=True):
         entry |= {"applied": step.applied, "refused": len(step.edits) - step.applied}
     return json.dumps(table, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -272,20 +272,20 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
         raise OnnxcompError(f"cannot write the report to {folder}: {error.strerror or error}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value), key=str)
+        return sorted(map(plain, value), key=str)
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, float):

@@ -17,6 +17,9 @@ from onnxcomp.targets.ort.runtime import onnxruntime
 PLACEHOLDER = "shared_in_memory"
 """External file that the placeholders name."""
 
+SHARE_ABOVE = 1 << 30
+"""Total bytes of weights above which they are handed over in memory; protobuf ends at 2 GiB."""
+
 _SHARED_BYTES = 1 << 16  # smaller weights are written into the protobuf, where shape inference sees them
 
 _PLAIN = frozenset({
@@ -58,13 +61,14 @@ def build_probe(model: ir.Model, outputs: Sequence[str]) -> Probe:
     nodes, used = _needed(graph, outputs)
     proto.graph.node.extend(ir.to_proto(n) for n in nodes)
     weights: dict[str, Any] = {}
+    share = _weight_bytes(graph, used) > SHARE_ABOVE
     for name, value in graph.initializers.items():
         if value not in used and name not in outputs:
             continue
         tensor = value.const_value
         if tensor is None:
             raise CalibrationError(f"weight {name!r} has no data; load the model together with its external data")
-        if tensor.nbytes < _SHARED_BYTES or tensor.dtype not in _PLAIN or value.is_graph_input():
+        if not share or tensor.nbytes < _SHARED_BYTES or tensor.dtype not in _PLAIN or value.is_graph_input():
             written = ir.to_proto(tensor) if not isinstance(tensor, ir.ExternalTensor) else _embedded(tensor)
             written.name = name
             proto.graph.initializer.append(written)
@@ -72,6 +76,10 @@ def build_probe(model: ir.Model, outputs: Sequence[str]) -> Probe:
             proto.graph.initializer.append(_placeholder(name, tensor))
             weights[name] = onnxruntime().OrtValue.ortvalue_from_numpy(_shared(tensor))
     return Probe(proto=proto, weights=weights)
+
+
+def _weight_bytes(graph: ir.Graph, used: set[ir.Value]) -> int:
+    return sum(v.const_value.nbytes for v in graph.initializers.values() if v in used and v.const_value is not None)
 
 
 def _check_outputs(graph: ir.Graph, outputs: Sequence[str]) -> None:

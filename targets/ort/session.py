@@ -93,7 +93,8 @@ def reference_runner(
     """Prepares `model` for runs that return values from inside it.
 
     `model` is neither changed nor cloned: a probe is written as protobuf from its nodes, with the wanted values as
-    outputs, and weights of any total size are shared with it in memory, external ones mapped from their file.
+    outputs, and weights of more than `SHARE_ABOVE` bytes in all are shared with it in memory, external ones mapped from
+    their file; such a probe is not optimised, since onnxruntime's optimizer looks for the data on disk.
     Whatever the wanted values do not need is not run. Streaming state is carried as in a session.
 
     Args:
@@ -112,7 +113,7 @@ def reference_runner(
     wanted = list(dict.fromkeys(outputs))
     fetch = list(dict.fromkeys([*wanted, *(s.output for s in state)]))
     probe = build_probe(model, fetch)
-    options = session_options(threads=threads, domains=model.opset_imports, optimize=optimize)
+    options = session_options(threads=threads, domains=model.opset_imports, optimize=optimize and not probe.weights)
     for name, value in probe.weights.items():
         options.add_initializer(name, value)
     try:

@@ -41,7 +41,8 @@ def test_what_the_outputs_do_not_need_is_not_run(b):
 
 
 @pytest.mark.parametrize("optimize", [True, False])
-def test_large_weights_are_shared(b, tmp_path, optimize):
+def test_large_weights_are_shared(b, tmp_path, optimize, monkeypatch):
+    monkeypatch.setattr("onnxcomp.targets.ort.probe.SHARE_ABOVE", 0)
     weight = np.random.default_rng(0).normal(size=(256, 200)).astype(np.float32)
     y = b.op("MatMul", b.input("x", ["n", 256]), b.const(weight, "w"), name="mm")
     model = b.output(y).model()
@@ -58,12 +59,23 @@ def test_large_weights_are_shared(b, tmp_path, optimize):
     np.testing.assert_array_equal(found["w"], weight)
 
 
-def test_large_quantized_weights_are_shared(b):
+def test_large_quantized_weights_are_shared(b, monkeypatch):
+    monkeypatch.setattr("onnxcomp.targets.ort.probe.SHARE_ABOVE", 0)
     y = b.op("MatMul", b.qdq(b.input("x", ["n", 256])), b.weight((256, 512), 1), name="mm")
     model = b.output(b.op("Tanh", y)).model()
     x = np.random.default_rng(0).normal(size=(2, 256)).astype(np.float32)
     a, b_ = (reference_runner(model, ["mm_out"], optimize=o)({"x": x})["mm_out"] for o in (True, False))
     np.testing.assert_allclose(a, b_, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_weights_that_an_optimizer_would_read(b, monkeypatch):
+    monkeypatch.setattr("onnxcomp.targets.ort.probe.SHARE_ABOVE", 0)
+    weight = b.const(np.ones((64, 64, 3, 3), np.float32), "w")
+    y = b.op("Mul", b.op("Conv", b.input("x", [1, 64, 8, 8]), weight), b.const(np.full((64, 1, 1), 2, np.float32)))
+    model = b.output(y).model()
+    name = model.graph.outputs[0].name
+    found = reference_runner(model, [name])({"x": np.ones((1, 64, 8, 8), np.float32)})[name]
+    np.testing.assert_array_equal(found, np.full((1, 64, 6, 6), 2 * 64 * 9, np.float32))
 
 
 def test_lazy_weight(b):

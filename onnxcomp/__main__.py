@@ -1,0 +1,5 @@
+"""`python -m onnxcomp` is the command line."""
+
+from onnxcomp.cli import main
+
+main()

@@ -1,0 +1,561 @@
+"""The verbs as Python functions. All wiring of passes, targets, data and measurement is here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import onnx_ir as ir
+
+from onnxcomp import doctor as _doctor
+from onnxcomp.compare import Fidelity, Metric, compare_layers
+from onnxcomp.compare import compare as _compare
+from onnxcomp.data import Data, Source, load_data, load_function
+from onnxcomp.errors import DataError
+from onnxcomp.model import ModelSize, all_nodes, fix_shapes, input_specs, load, model_size, save
+from onnxcomp.opset import opset
+from onnxcomp.profile import Latency, Ratio, measure, ratio
+from onnxcomp.recipe import Recipe, builtin_recipes, load_recipe
+from onnxcomp.registry import PASSES, TARGETS, load_pass, load_target, names
+from onnxcomp.report import ModelReport, Report, write_report
+from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline, Progress
+from onnxcomp.select import Select, module_paths
+from onnxcomp.target import Artifact, Feed, Session, Target
+from onnxcomp.workdir import check_writable, replacing
+
+if TYPE_CHECKING:
+    from onnxcomp.calibrate import Runner
+    from onnxcomp.export import ExportResult
+    from onnxcomp.target import NodeTime
+
+ModelLike: TypeAlias = "str | os.PathLike[str] | ir.Model"
+RecipeLike: TypeAlias = "str | Recipe | Sequence[Pass]"
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
+
+_LAYER_SAMPLES = 4
+_FEW_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a model is made of.
+
+    Attributes:
+        path: The file, empty for a model in memory.
+        opset: Version of the default domain.
+        producer: Exporter that wrote it.
+        inputs: Input name to a text of type and shape.
+        outputs: Output name to a text of type and shape.
+        size: Nodes, weights, multiply-accumulates.
+        selected: Name, op type and module path of every node that the selector takes; None without a selector.
+    """
+
+    path: str
+    opset: int
+    producer: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    size: ModelSize
+    selected: tuple[tuple[str, str, str], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteResult:
+    """What a rewrite did.
+
+    Attributes:
+        path: Where the model was written, None for a dry run.
+        model: The rewritten model.
+        before: Size of the original.
+        passes: What each pass did and refused.
+    """
+
+    path: Path | None
+    model: ir.Model
+    before: ModelSize
+    passes: tuple[PassReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What was measured.
+
+    Attributes:
+        target: Name of the target.
+        threads: Threads a run.
+        latency: Model name to latency; all were measured interleaved.
+        ratio: Of the first model to the second, if there are two.
+        node_times: Time by executed node of the first model.
+        peak_memory: Peak resident bytes of the first model.
+    """
+
+    target: str
+    threads: int
+    latency: Mapping[str, Latency]
+    ratio: Ratio | None
+    node_times: tuple[NodeTime, ...]
+    peak_memory: int
+
+
+def export(factory: Any, out: str | os.PathLike[str], **options: Any) -> ExportResult:
+    """Exports a torch module with the dynamo exporter; see `onnxcomp.export.export_module` for the options.
+
+    Args:
+        factory: `module:function` that returns a module and its example inputs, or a module.
+        out: The `.onnx` file to write.
+        **options: Of `export_module`.
+    """
+    from onnxcomp.export import export_module
+
+    check_writable(Path(out))
+    return export_module(factory, Path(out), runner=_runner(), **options)
+
+
+def inspect(model: ModelLike, *, select: Select | None = None, shapes: Shapes | None = None) -> Inspection:
+    """Looks at a model.
+
+    Args:
+        model: Path or model.
+        select: Lists the nodes that this selector takes.
+        shapes: Fixes dynamic input shapes, for the count of multiply-accumulates.
+    """
+    loaded = _load(model, shapes)
+    selected = None
+    if select is not None:
+        selected = tuple(
+            (n.name or "", n.op_type, (module_paths(n) or ("",))[-1]) for n in all_nodes(loaded) if select(n)
+        )
+    return Inspection(
+        path="" if isinstance(model, ir.Model) else str(model),
+        opset=opset(loaded),
+        producer=f"{loaded.producer_name or 'unknown'} {loaded.producer_version or ''}".strip(),
+        inputs={v.name or "": f"{v.dtype} {v.shape}" for v in loaded.graph.inputs if not v.is_initializer()},
+        outputs={v.name or "": f"{v.dtype} {v.shape}" for v in loaded.graph.outputs},
+        size=model_size(loaded),
+        selected=selected,
+    )
+
+
+def rewrite(
+    model: ModelLike,
+    out: str | os.PathLike[str] | None,
+    *,
+    recipe: RecipeLike = "int8",
+    target: str = "ort-cpu",
+    data: Source | None = None,
+    samples: int | None = 128,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    check: Check = "graph",
+    progress: Progress | None = None,
+) -> RewriteResult:
+    """Rewrites a model with a recipe.
+
+    Args:
+        model: Path or model; a model in memory is left unchanged.
+        out: The `.onnx` file to write, or None to write nothing (a dry run).
+        recipe: Built-in name, path, `Recipe`, or passes.
+        target: Whose capabilities the passes go by.
+        data: Calibration data, all of which may be used.
+        samples: Most calibration feeds to use, None for all.
+        seed: Of everything random.
+        shapes: Fixes dynamic input shapes.
+        check: Validation after every pass.
+        progress: Told about every step.
+
+    Raises:
+        OnnxcompError: If anything is wrong with what was given; nothing is written then.
+    """
+    steps = _recipe(recipe).passes
+    chosen = load_target(target)()
+    if out is not None:
+        check_writable(Path(out))
+    original = _load(model, shapes)
+    before = model_size(original)
+    calibration = None if data is None else load_data(data, input_specs(original), seed=seed).take(samples)
+    pipeline = Pipeline(
+        passes=steps, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed
+    )
+    rewritten = original.clone() if isinstance(model, ir.Model) else original
+    reports = pipeline.run(rewritten, calibration, progress)
+    if out is not None:
+        save(rewritten, out)
+    return RewriteResult(path=None if out is None else Path(out), model=rewritten, before=before, passes=reports)
+
+
+def compile(
+    model: ModelLike,
+    out: str | os.PathLike[str],
+    *,
+    target: str = "ort-cpu",
+    shapes: Shapes | None = None,
+) -> Artifact:
+    """Compiles a model for a target into the folder `out`, with the audit of what really runs."""
+    chosen = load_target(target)()
+    return chosen.compile(_lower(_load(model, shapes), chosen), Path(out))
+
+
+def profile(
+    model: ModelLike,
+    baseline: ModelLike | None = None,
+    *,
+    target: str = "ort-cpu",
+    data: Source = "random",
+    threads: int = 1,
+    repeat: int = 50,
+    seconds: float | None = 60.0,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measures a model, or the folder of an artifact, on a target; with a baseline both interleaved in one process.
+
+    Args:
+        model: `.onnx` file, artifact folder, or model.
+        baseline: What to compare with.
+        target: Name of the target.
+        data: The first feed is run.
+        threads: Threads a run.
+        repeat: Rounds.
+        seconds: Most seconds to spend on timing.
+        seed: For random data.
+        shapes: Fixes dynamic input shapes.
+        progress: Told about every round.
+    """
+    chosen = load_target(target)()
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        artifacts = {"model": _artifact(model, chosen, Path(folder, "model"), shapes)}
+        if baseline is not None:
+            artifacts["baseline"] = _artifact(baseline, chosen, Path(folder, "baseline"), shapes)
+        sessions = {name: chosen.load(a, threads=threads) for name, a in artifacts.items()}
+        feed = next(iter(load_data(data, sessions["model"].inputs, seed=seed)))
+        latency = _measure(sessions, feed, repeat, seconds, progress)
+        return Profile(
+            target=target,
+            threads=threads,
+            latency=latency,
+            ratio=ratio(latency["model"], latency["baseline"]) if baseline is not None else None,
+            node_times=tuple(chosen.node_times(artifacts["model"], feed, threads=threads)),
+            peak_memory=chosen.peak_memory(artifacts["model"], feed, threads=threads),
+        )
+
+
+def compare(
+    reference: ModelLike,
+    other: ModelLike,
+    *,
+    data: Source,
+    metric: str | Metric | None = None,
+    target: str = "ort-cpu",
+    samples: int | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    layers: bool = True,
+    progress: Progress | None = None,
+) -> Fidelity:
+    """Compares a model with a reference as both run on a target, per output and per layer.
+
+    Args:
+        reference: The original.
+        other: The model in question.
+        data: Evaluation data.
+        metric: Task metric, `module:function` or a callable.
+        target: Name of the target.
+        samples: Most feeds to use.
+        threads: Threads a run.
+        seed: For random data.
+        shapes: Fixes dynamic input shapes.
+        layers: Also compare layers, on the first few feeds.
+        progress: Told about every feed.
+    """
+    chosen = load_target(target)()
+    a, b = _load(reference, shapes), _load(other, shapes)
+    feeds = load_data(data, input_specs(a), seed=seed).take(samples)
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        sessions = [
+            chosen.load(chosen.compile(_lower(m, chosen), Path(folder, str(i))), threads=threads)
+            for i, m in enumerate((a, b))
+        ]
+        fidelity = _compare(
+            sessions[0].run, sessions[1].run, feeds, data_name=feeds.name, metric=_metric(metric), progress=progress
+        )
+    if not layers:
+        return fidelity
+    return replace(fidelity, layers=compare_layers(a, b, _runner(), feeds.take(_LAYER_SAMPLES)))
+
+
+def compress(
+    model: ModelLike,
+    out: str | os.PathLike[str],
+    *,
+    recipe: RecipeLike = "int8",
+    target: str = "ort-cpu",
+    data: Source | None = None,
+    eval_data: Source | None = None,
+    metric: str | Metric | None = None,
+    samples: int | None = 128,
+    eval_samples: int | None = 256,
+    seed: int = 0,
+    threads: int = 1,
+    shapes: Shapes | None = None,
+    check: Check = "graph",
+    repeat: int = 50,
+    seconds: float | None = 60.0,
+    progress: Progress | None = None,
+) -> Report:
+    """Rewrites, compiles, profiles and compares, and writes `model.onnx`, `artifact/` and the report into `out`.
+
+    The original is compiled and measured in the same process, interleaved with the result. Without `eval_data` the
+    data is split: one half calibrates, the other evaluates.
+
+    Args:
+        model: Path or model; a model in memory is left unchanged.
+        out: Folder; replaced at the end if it holds an earlier output, and refused if it holds something else.
+        recipe: Built-in name, path, `Recipe`, or passes.
+        target: Name of the target.
+        data: Calibration data, and evaluation data unless `eval_data` is given.
+        eval_data: Evaluation data.
+        metric: Task metric, `module:function` or a callable.
+        samples: Most calibration feeds to use.
+        eval_samples: Most evaluation feeds to use.
+        seed: Of everything random.
+        threads: Threads a run.
+        shapes: Fixes dynamic input shapes.
+        check: Validation after every pass.
+        repeat: Rounds of timing.
+        seconds: Most seconds to spend on timing.
+        progress: Told about every step.
+
+    Raises:
+        OnnxcompError: If anything is wrong with what was given; `out` stays as it was.
+    """
+    out = Path(out)
+    plan = _recipe(recipe)
+    scored = _metric(metric)
+    chosen = load_target(target)()
+    original = _load(model, shapes)
+    calibration, evaluation, warnings = _split(original, data, eval_data, samples, eval_samples, seed)
+    with replacing(out) as work:
+        rewritten = original.clone() if isinstance(model, ir.Model) else _load(model, shapes)
+        pipeline = Pipeline(
+            passes=plan.passes, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed
+        )
+        passes = pipeline.run(rewritten, calibration, progress)
+        save(rewritten, work / "model.onnx")
+        say = progress or (lambda *_: None)
+        say("compile", 0, None)
+        baseline = chosen.compile(_lower(original, chosen), work / "baseline")
+        artifact = chosen.compile(_lower(rewritten, chosen), work / "artifact")
+        sessions = {
+            "before": chosen.load(baseline, threads=threads),
+            "after": chosen.load(artifact, threads=threads),
+        }
+        fidelity = _fidelity(sessions, original, rewritten, evaluation, scored, progress)
+        feeds = evaluation or load_data("random", input_specs(original), seed=seed)
+        feed = next(iter(feeds))
+        latency = _measure(sessions, feed, repeat, seconds, progress)
+        before_path = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
+        save_size = (work / "model.onnx").stat().st_size
+        report = Report(
+            recipe=plan.name,
+            target=target,
+            threads=threads,
+            environment={**_doctor.environment(), "cpu features": ", ".join(chosen.capabilities().features)},
+            before=_model_report(before_path, _file_bytes(model), original, chosen, baseline, latency["before"], feed, threads),
+            after=_model_report(
+                str(out / "model.onnx"), save_size + _external_bytes(work / "model.onnx"), rewritten, chosen, artifact,
+                latency["after"], feed, threads,
+            ),
+            passes=passes,
+            fidelity=fidelity,
+            ratio=ratio(latency["after"], latency["before"]),
+            calibration="" if calibration is None else calibration.name,
+            calibration_samples=0 if calibration is None else calibration.count(),
+            warnings=tuple(warnings),
+            artifact=str(out / "artifact"),
+            recipe_source=plan.source,
+        )
+        shutil.rmtree(work / "baseline")
+        write_report(report, work)
+    return report
+
+
+def list_passes() -> dict[str, str]:
+    """Pass name to its summary."""
+    return {name: load_pass(name).summary for name in names(PASSES)}
+
+
+def list_targets() -> dict[str, str]:
+    """Target name to its summary."""
+    return {name: load_target(name).summary for name in names(TARGETS)}
+
+
+def list_recipes() -> dict[str, str]:
+    """Built-in recipe name to its summary."""
+    return {name: load_recipe(name).summary for name in builtin_recipes()}
+
+
+def list_ops() -> dict[str, str]:
+    """Portable op to its summary."""
+    from onnxcomp.ops import OPS
+
+    return {f"onnxcomp::{name}": op.summary for name, op in OPS.items()}
+
+
+def doctor() -> list[_doctor.Check]:
+    """Looks at what is installed and what this machine offers."""
+    return _doctor.diagnose()
+
+
+def _runner() -> Runner:
+    from onnxcomp.targets.ort.session import reference_runner
+
+    return reference_runner
+
+
+def _load(model: ModelLike, shapes: Shapes | None) -> ir.Model:
+    if isinstance(model, ir.Model):
+        if shapes:
+            model = model.clone()
+            fix_shapes(model, shapes)
+        return model
+    loaded = load(model)
+    if shapes:
+        fix_shapes(loaded, shapes)
+    return loaded
+
+
+def _recipe(recipe: RecipeLike) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        return load_recipe(str(recipe))
+    return Recipe(name="custom", passes=tuple(recipe))
+
+
+def _metric(metric: str | Metric | None) -> Metric | None:
+    return load_function(metric) if isinstance(metric, str) else metric
+
+
+def _lower(model: ir.Model, target: Target) -> ir.Model:
+    steps = target.lowering()
+    if not steps:
+        return model
+    lowered = model.clone()
+    Pipeline(passes=steps, capabilities=target.capabilities()).run(lowered)
+    return lowered
+
+
+def _artifact(model: ModelLike, target: Target, folder: Path, shapes: Shapes | None) -> Artifact:
+    if not isinstance(model, ir.Model) and Path(model).is_dir():
+        return target.open(Path(model))
+    return target.compile(_lower(_load(model, shapes), target), folder)
+
+
+def _split(
+    model: ir.Model,
+    data: Source | None,
+    eval_data: Source | None,
+    samples: int | None,
+    eval_samples: int | None,
+    seed: int,
+) -> tuple[Data | None, Data | None, list[str]]:
+    """Calibration data, evaluation data, and what the reader has to know about them."""
+    specs = input_specs(model)
+    warnings: list[str] = []
+    calibration = None if data is None else load_data(data, specs, seed=seed)
+    if "random" in (data, eval_data):
+        warnings.append("random data was used: ranges and fidelity say nothing about real inputs")
+    if eval_data is not None:
+        evaluation: Data | None = load_data(eval_data, specs, seed=seed)
+        calibration = None if calibration is None else calibration.take(samples)
+    elif calibration is not None:
+        calibration, evaluation = calibration.split(samples)
+    else:
+        evaluation = None
+        warnings.append("no data was given: fidelity was not measured")
+    if evaluation is not None:
+        evaluation = evaluation.take(eval_samples)
+        if (count := evaluation.count()) < _FEW_SAMPLES:
+            warnings.append(f"fidelity rests on {count} sample{'s' * (count != 1)}")
+    return calibration, evaluation, warnings
+
+
+def _fidelity(
+    sessions: Mapping[str, Session],
+    original: ir.Model,
+    rewritten: ir.Model,
+    evaluation: Data | None,
+    metric: Metric | None,
+    progress: Progress | None,
+) -> Fidelity | None:
+    if evaluation is None:
+        if metric is not None:
+            raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
+        return None
+    fidelity = _compare(
+        sessions["before"].run,
+        sessions["after"].run,
+        evaluation,
+        data_name=evaluation.name,
+        seen_by_calibration=evaluation.seen_by_calibration,
+        metric=metric,
+        progress=progress,
+    )
+    layers = compare_layers(original, rewritten, _runner(), evaluation.take(_LAYER_SAMPLES), progress=progress)
+    return replace(fidelity, layers=layers)
+
+
+def _measure(
+    sessions: Mapping[str, Session], feed: Feed, repeat: int, seconds: float | None, progress: Progress | None
+) -> dict[str, Latency]:
+    def run_of(session: Session) -> Callable[[], object]:
+        return lambda: session.run(feed)
+
+    def told(done: int, total: int) -> None:
+        if progress:
+            progress("profile", done, total)
+
+    return measure({k: run_of(s) for k, s in sessions.items()}, repeat=repeat, seconds=seconds, progress=told)
+
+
+def _model_report(
+    path: str,
+    file_bytes: int,
+    model: ir.Model,
+    target: Target,
+    artifact: Artifact,
+    latency: Latency,
+    feed: Feed,
+    threads: int,
+) -> ModelReport:
+    return ModelReport(
+        path=path,
+        file_bytes=file_bytes,
+        size=model_size(model),
+        audit=artifact.audit,
+        latency=latency,
+        peak_memory=target.peak_memory(artifact, feed, threads=threads),
+        node_times=tuple(target.node_times(artifact, feed, threads=threads)),
+    )
+
+
+def _file_bytes(model: ModelLike) -> int:
+    if isinstance(model, ir.Model):
+        return model_size(model).weight_bytes
+    return Path(model).stat().st_size + _external_bytes(Path(model))
+
+
+def _external_bytes(path: Path) -> int:
+    files = {
+        Path(v.const_value.path).resolve()
+        for v in load(path).graph.initializers.values()
+        if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    return sum(f.stat().st_size for f in files)
