@@ -17,6 +17,7 @@ from onnxcomp.compare import Fidelity, Metric, compare_layers
 from onnxcomp.compare import compare as _compare
 from onnxcomp.data import Data, Source, load_data, load_function
 from onnxcomp.errors import DataError
+from onnxcomp.macs import MAC_OPS, count_macs
 from onnxcomp.model import ModelSize, all_nodes, fix_shapes, input_specs, load, model_size, save
 from onnxcomp.opset import opset
 from onnxcomp.profile import Latency, Ratio, measure, ratio
@@ -25,7 +26,7 @@ from onnxcomp.registry import PASSES, TARGETS, load_pass, load_target, names
 from onnxcomp.report import ModelReport, Report, write_report
 from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline, Progress
 from onnxcomp.select import Select, module_paths
-from onnxcomp.target import Artifact, Feed, Session, Target
+from onnxcomp.target import Artifact, Audit, Feed, Session, Target
 from onnxcomp.workdir import check_writable, replacing
 
 if TYPE_CHECKING:
@@ -535,15 +536,33 @@ def _model_report(
     feed: Feed,
     threads: int,
 ) -> ModelReport:
+    macs = _macs(model, feed)
     return ModelReport(
         path=path,
         file_bytes=file_bytes,
-        size=model_size(model),
-        audit=artifact.audit,
+        size=replace(model_size(model), macs=sum(macs.values())),
+        audit=_with_macs(artifact.audit, macs),
         latency=latency,
         peak_memory=target.peak_memory(artifact, feed, threads=threads),
         node_times=tuple(target.node_times(artifact, feed, threads=threads)),
     )
+
+
+def _macs(model: ir.Model, feed: Feed) -> dict[str, int]:
+    """Multiply-accumulates by node when the model runs `feed`, by the shapes that really occur.
+
+    Shape inference gives up where shapes are computed, as in the attention of most exporters.
+    """
+    bound = model.clone()
+    linear = [n for n in bound.graph if n.op_type in MAC_OPS]
+    values = {v.name or "": v for n in linear for v in (*n.inputs, *n.outputs) if v is not None and not v.is_initializer()}
+    for name, array in _runner()(model, list(values))(feed).items():
+        values[name].shape = ir.Shape(array.shape)
+    return {n.name or "": count_macs(n) for n in bound.graph.all_nodes()}
+
+
+def _with_macs(audit: Audit, macs: Mapping[str, int]) -> Audit:
+    return replace(audit, rows=tuple(replace(r, macs=macs.get(r.node, r.macs)) for r in audit.rows))
 
 
 def _file_bytes(model: ModelLike) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import logging
@@ -18,6 +19,7 @@ from onnxcomp.calibrate import Runner
 from onnxcomp.data import load_function
 from onnxcomp.errors import DataError, GraphError
 from onnxcomp.model import name_nodes, save
+from onnxcomp.select import module_paths
 from onnxcomp.target import Array, Feed
 
 if TYPE_CHECKING:
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
 _INSTALL = "pip install 'onnxcomp[export]'"
 
-_KEPT = frozenset({"pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"})
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+_KEPT = frozenset({_SCOPES, "pkg.torch.onnx.class_hierarchy"})
 """Metadata of nodes and values that stays. The rest is long and holds paths of the machine that exported."""
 
-_NOISE = ("torch.onnx._internal.exporter._registration", "onnxscript")
+_NOISE = ("torch.onnx._internal.exporter._registration", "torch.onnx._internal.exporter._compat", "onnxscript")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +92,7 @@ def export_module(
         raise GraphError("checking an export needs a runner: give one, or check=False")
     torch = _torch()
     module, inputs = _resolve(factory, example_inputs)
-    for names, count, what in ((input_names, len(inputs), "inputs"),):
-        if names is not None and len(names) != count:
-            raise GraphError(f"{len(names)} names were given for {count} {what}: {list(names)}")
+    _check_names(input_names, len(inputs), "inputs")
     if dynamic_batch:
         inputs = _batches(inputs, 2)  # the exporter takes a dimension of 1 for a constant
     training = [m for m in module.modules() if m.training]
@@ -98,6 +100,7 @@ def export_module(
     try:
         with torch.no_grad():
             model = _export(module, inputs, opset, dynamic_batch, input_names, output_names)
+            _check_names(output_names, len(model.graph.outputs), "outputs")
             error = None
             if check and runner is not None:
                 error = _check(module, model, list(_probes(inputs, dynamic_batch)), runner, rtol, atol)
@@ -106,6 +109,11 @@ def export_module(
             m.training = True
     save(model, out)
     return ExportResult(path=Path(out), nodes=sum(1 for _ in model.graph.all_nodes()), opset=opset, max_error=error)
+
+
+def _check_names(names: Sequence[str] | None, count: int, what: str) -> None:
+    if names is not None and len(names) != count:
+        raise GraphError(f"{len(names)} names were given for {count} {what}: {list(names)}")
 
 
 def _torch() -> Any:
@@ -183,17 +191,19 @@ def _export(
                 dynamic_shapes=tuple({0: "batch"} for _ in inputs) if dynamic_batch else None,
             )
     except Exception as error:  # what the exporter lets through has no common root
-        raise GraphError(f"PyTorch cannot export {type(module).__name__}: {_reason(error)}") from error
+        how = " with an open batch dimension" if dynamic_batch else ""
+        raise GraphError(f"PyTorch cannot export {type(module).__name__}{how}: {_reason(error)}") from error
     if program is None:
         raise GraphError(f"PyTorch exported nothing for {type(module).__name__}")
     model: ir.Model = program.model
     if model.opset_imports.get("") != opset:
-        raise GraphError(f"PyTorch exported opset {model.opset_imports.get('')}, not {opset}: ask for another one")
+        raise GraphError(f"PyTorch cannot export {type(module).__name__} to opset {opset}; 18 to 20 are a safe choice")
     if dynamic_batch:
         for value in model.graph.inputs:
             if value.shape is None or not len(value.shape) or isinstance(value.shape[0], int):
                 raise GraphError(f"the module takes only one batch size: input {value.name!r} stays {value.shape}")
     _clean(model)
+    _restore_modules(model, {name for name, _ in module.named_modules()})
     name_nodes(model)
     return model
 
@@ -225,9 +235,25 @@ def _quiet() -> Iterator[None]:
 def _clean(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
-        for holder in (node, *node.outputs):
-            for key in [k for k in holder.metadata_props if k not in _KEPT]:
-                del holder.metadata_props[key]
+        for properties in (node.metadata_props, *(v.metadata_props for v in node.outputs)):
+            for key in [k for k in properties if k not in _KEPT]:
+                del properties[key]
+
+
+def _restore_modules(model: ir.Model, modules: set[str]) -> None:
+    """Adds the module that owns the weight where the exporter left only the module whose nodes it folded in.
+
+    A Conv into which a BatchNormalization was folded is recorded as the latter's only. The exporter names weights after
+    their module; a weight read by several nodes proves nothing, as equal weights are merged.
+    """
+    for node in model.graph:
+        paths = module_paths(node)
+        if not paths or len(node.inputs) < 2 or (weight := node.inputs[1]) is None or not weight.is_initializer():
+            continue
+        owner = (weight.name or "").rpartition(".")[0]
+        if owner in modules and owner and owner not in paths and len(weight.uses()) == 1:
+            *scopes, operation = ast.literal_eval(node.metadata_props[_SCOPES])
+            node.metadata_props[_SCOPES] = repr([*scopes[:-1], owner, scopes[-1], operation])
 
 
 def _batches(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
