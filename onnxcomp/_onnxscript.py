@@ -25,7 +25,7 @@ class FoldConstants(ir.passes.InPlacePass):
 
 
 class Simplify(ir.passes.InPlacePass):
-    """onnxscript's rules that keep the function: no-ops, chains of reshapes and casts, padding and BatchNorm into Conv."""
+    """onnxscript's rules that keep the function: no-ops, chains of reshapes and casts, BatchNorm into Conv."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = len(model.graph)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
-from onnxcomp import doctor as _doctor
 from onnxcomp.compare import Fidelity, Metric, compare_layers
 from onnxcomp.compare import compare as _compare
 from onnxcomp.data import Data, Source, load_data, load_function
+from onnxcomp.doctor import Diagnosis, diagnose, environment
 from onnxcomp.errors import DataError
 from onnxcomp.macs import MAC_OPS, count_macs
 from onnxcomp.model import ModelSize, all_nodes, fix_shapes, input_specs, load, model_size, save
@@ -179,9 +179,7 @@ def rewrite(
     original = _load(model, shapes)
     before = model_size(original)
     calibration = None if data is None else load_data(data, input_specs(original), seed=seed).take(samples)
-    pipeline = Pipeline(
-        passes=steps, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed
-    )
+    pipeline = Pipeline(passes=steps, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed)
     rewritten = original.clone() if isinstance(model, ir.Model) else original
     reports = pipeline.run(rewritten, calibration, progress)
     if out is not None:
@@ -361,17 +359,24 @@ def compress(
         feeds = evaluation or load_data("random", input_specs(original), seed=seed)
         feed = next(iter(feeds))
         latency = _measure(sessions, feed, repeat, seconds, progress)
-        before_path = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
-        save_size = (work / "model.onnx").stat().st_size
+        name = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
         report = Report(
             recipe=plan.name,
             target=target,
             threads=threads,
-            environment={**_doctor.environment(), "cpu features": ", ".join(chosen.capabilities().features)},
-            before=_model_report(before_path, _file_bytes(model), original, chosen, baseline, latency["before"], feed, threads),
+            environment={**environment(), "cpu features": ", ".join(chosen.capabilities().features)},
+            before=_model_report(
+                name, _file_bytes(model), original, chosen, baseline, latency["before"], feed, threads
+            ),
             after=_model_report(
-                str(out / "model.onnx"), save_size + _external_bytes(work / "model.onnx"), rewritten, chosen, artifact,
-                latency["after"], feed, threads,
+                str(out / "model.onnx"),
+                _file_bytes(work / "model.onnx"),
+                rewritten,
+                chosen,
+                artifact,
+                latency["after"],
+                feed,
+                threads,
             ),
             passes=passes,
             fidelity=fidelity,
@@ -409,9 +414,9 @@ def list_ops() -> dict[str, str]:
     return {f"onnxcomp::{name}": op.summary for name, op in OPS.items()}
 
 
-def doctor() -> list[_doctor.Check]:
+def doctor() -> list[Diagnosis]:
     """Looks at what is installed and what this machine offers."""
-    return _doctor.diagnose()
+    return diagnose()
 
 
 def _runner() -> Runner:
@@ -555,7 +560,8 @@ def _macs(model: ir.Model, feed: Feed) -> dict[str, int]:
     """
     bound = model.clone()
     linear = [n for n in bound.graph if n.op_type in MAC_OPS]
-    values = {v.name or "": v for n in linear for v in (*n.inputs, *n.outputs) if v is not None and not v.is_initializer()}
+    used = [v for n in linear for v in (*n.inputs, *n.outputs) if v is not None and not v.is_initializer()]
+    values = {v.name or "": v for v in used}
     for name, array in _runner()(model, list(values))(feed).items():
         values[name].shape = ir.Shape(array.shape)
     return {n.name or "": count_macs(n) for n in bound.graph.all_nodes()}

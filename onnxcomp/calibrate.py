@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Protocol
 
 import onnx_ir as ir
@@ -49,20 +49,24 @@ def collect(
     inputs = {v.name for v in model.graph.inputs}
     inner = [name for name in observers if name not in inputs]
     run = runner(model, inner) if inner else None
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     count = 0
     for feed in data:
         values: dict[str, Array] = {k: v for k, v in feed.items() if k in observers}
         if run is not None:
             values.update(run(feed))
         for name, observer in observers.items():
-            try:
-                observer.update(values[name])
-            except CalibrationError as error:
-                raise CalibrationError(f"value {name!r}, feed {count}: {error}") from error
+            _show(observer, values[name], f"value {name!r}, feed {count}")
         count += 1
         if progress:
             progress(count, total)
     if not count:
         raise CalibrationError("the calibration data is empty")
     return count
+
+
+def _show(observer: Observer, value: Array, where: str) -> None:
+    try:
+        observer.update(value)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error

@@ -219,9 +219,7 @@ def compress(
 
 
 @app.command("list")
-def list_(
-    what: Annotated[str, typer.Argument(help="passes, targets, recipes or ops")], as_json: Json = False
-) -> None:
+def list_(what: Annotated[str, typer.Argument(help="passes, targets, recipes or ops")], as_json: Json = False) -> None:
     """List passes, targets, recipes or portable ops."""
     from onnxcomp import api
 

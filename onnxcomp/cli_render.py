@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from onnxcomp.api import Inspection, Profile, RewriteResult
     from onnxcomp.compare import Fidelity
-    from onnxcomp.doctor import Check
+    from onnxcomp.doctor import Diagnosis
     from onnxcomp.target import Artifact
 
 
@@ -34,7 +34,7 @@ def names(found: Mapping[str, str], as_json: bool) -> None:
         _table(("name", "what it is"), list(found.items()))
 
 
-def checks(found: Sequence[Check], as_json: bool) -> None:
+def checks(found: Sequence[Diagnosis], as_json: bool) -> None:
     """Prints what the doctor found."""
     if as_json:
         _json(found)
@@ -105,7 +105,8 @@ def profile(found: Profile, as_json: bool) -> None:
     if found.ratio:
         r = found.ratio
         Console().print(
-            f"model / baseline: {r.median:.3f} ({r.confidence:.0%} interval {r.low:.3f}-{r.high:.3f}, {r.rounds} rounds)"
+            f"model / baseline: {r.median:.3f} "
+            f"({r.confidence:.0%} interval {r.low:.3f}-{r.high:.3f}, {r.rounds} rounds)"
         )
     Console().print(f"peak memory {found.peak_memory / 1e6:.0f} MB; {found.threads} thread(s) on {found.target}")
     slowest = sorted(found.node_times, key=lambda n: -n.microseconds)[:10]

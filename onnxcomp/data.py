@@ -7,6 +7,7 @@ import itertools
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -215,12 +216,12 @@ def _from_arrays(files: Mapping[str, Path], inputs: tuple[TensorSpec, ...]) -> I
 def _from_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> Iterator[Feed]:
     """Decompresses every member as a stream, so that one feed is in memory and not the archive."""
     try:
-        with zipfile.ZipFile(path) as archive, _closing_all() as streams:
+        with zipfile.ZipFile(path) as archive, ExitStack() as streams:
             rows: dict[str, _Rows] = {}
             readers: dict[str, Iterator[Array]] = {}
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
-                stream = streams.add(archive.open(member))
+                stream = streams.enter_context(archive.open(member))
                 shape, fortran, dtype = _npy_header(stream)
                 if dtype.hasobject:
                     raise DataError(f"{path}: {name!r} holds Python objects, which are not read")
@@ -230,20 +231,6 @@ def _from_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> Iterator[Feed]:
                 yield {name: next(reader) for name, reader in readers.items()}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-
-
-class _closing_all:
-    def __enter__(self) -> _closing_all:
-        self._open: list[Any] = []
-        return self
-
-    def add(self, stream: Any) -> Any:
-        self._open.append(stream)
-        return stream
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self._open:
-            stream.close()
 
 
 def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -288,9 +275,7 @@ def _common_length(rows: Mapping[str, _Rows], where: str) -> int:
     return next(iter(counts.values()), 0)
 
 
-def _stream(
-    stream: Any, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any], rows: _Rows
-) -> Iterator[Array]:
+def _stream(stream: Any, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any], rows: _Rows) -> Iterator[Array]:
     if fortran or rows.size < 0:
         whole = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C")
         for i in range(rows.count):

@@ -12,7 +12,7 @@ from onnxcomp.errors import OnnxcompError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Diagnosis:
     """One thing that was looked at.
 
     Attributes:
@@ -43,17 +43,19 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "system": platform.platform(), "cpu": _cpu(), **found}
 
 
-def diagnose() -> list[Check]:
+def diagnose() -> list[Diagnosis]:
     """Looks at everything."""
     checks = [_core(name) for name in _CORE]
     checks.append(_runtime())
     checks += _machine()
     for name, fix in _OPTIONAL.items():
         version = _version(name)
-        checks.append(Check(name=name, state="ok" if version else "missing", value=version, fix="" if version else fix))
+        checks.append(
+            Diagnosis(name=name, state="ok" if version else "missing", value=version, fix="" if version else fix)
+        )
     compiler = next((path for c in ("c++", "g++", "clang++") if (path := shutil.which(c))), "")
     checks.append(
-        Check(
+        Diagnosis(
             name="C++ compiler",
             state="ok" if compiler else "missing",
             value=compiler,
@@ -62,7 +64,7 @@ def diagnose() -> list[Check]:
     )
     library = native.library_path()
     checks.append(
-        Check(
+        Diagnosis(
             name="native kernels",
             state="ok" if library else "missing",
             value="built" if library else "",
@@ -72,23 +74,24 @@ def diagnose() -> list[Check]:
     return checks
 
 
-def _core(name: str) -> Check:
+def _core(name: str) -> Diagnosis:
     version = _version(name)
-    return Check(name=name, state="ok" if version else "broken", value=version, fix="" if version else f"pip install {name}")
+    fix = "" if version else f"pip install {name}"
+    return Diagnosis(name=name, state="ok" if version else "broken", value=version, fix=fix)
 
 
-def _runtime() -> Check:
+def _runtime() -> Diagnosis:
     found = _runtimes()
     value = ", ".join(f"{name} {_version(name)}" for name in found)
     if len(found) > 1:
         fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want: they overwrite each other"
-        return Check(name="ONNX Runtime", state="broken", value=value, fix=fix)
+        return Diagnosis(name="ONNX Runtime", state="broken", value=value, fix=fix)
     fix = "" if found else "pip install onnxruntime"
-    return Check(name="ONNX Runtime", state="ok" if found else "broken", value=value, fix=fix)
+    return Diagnosis(name="ONNX Runtime", state="ok" if found else "broken", value=value, fix=fix)
 
 
-def _machine() -> list[Check]:
-    checks = [Check(name="CPU", state="ok", value=_cpu())]
+def _machine() -> list[Diagnosis]:
+    checks = [Diagnosis(name="CPU", state="ok", value=_cpu())]
     try:
         from onnxcomp.targets.ort.capabilities import capabilities
         from onnxcomp.targets.ort.runtime import onnxruntime
@@ -96,11 +99,11 @@ def _machine() -> list[Check]:
         providers = onnxruntime().get_available_providers()
         found = capabilities("ort-cpu")
     except OnnxcompError as error:
-        return [*checks, Check(name="execution providers", state="broken", value="", fix=str(error))]
-    checks.append(Check(name="execution providers", state="ok", value=", ".join(providers)))
+        return [*checks, Diagnosis(name="execution providers", state="broken", value="", fix=str(error))]
+    checks.append(Diagnosis(name="execution providers", state="ok", value=", ".join(providers)))
     dot = "8-bit dot product" if not found.reduce_range else "no 8-bit dot product: weights are quantized to 7 bits"
-    checks.append(Check(name="CPU features", state="ok", value=", ".join(found.features) + f" ({dot})"))
-    checks.append(Check(name="highest opset", state="ok", value=str(found.max_opset)))
+    checks.append(Diagnosis(name="CPU features", state="ok", value=", ".join(found.features) + f" ({dot})"))
+    checks.append(Diagnosis(name="highest opset", state="ok", value=str(found.max_opset)))
     return checks
 
 

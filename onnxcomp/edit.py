@@ -111,10 +111,10 @@ class Editor:
         output = ir.Value(name=_unique(name, self._values))
         if like is not None:
             output.shape = like.shape
-            output.dtype = dtype if dtype is not None else like.dtype
-        return ir.node(
-            op_type, inputs, attributes, outputs=[output], name=_unique(name, self._nodes)
-        )
+            kind = dtype if dtype is not None else like.dtype
+            if kind is not None:
+                output.dtype = kind
+        return ir.node(op_type, inputs, attributes, outputs=[output], name=_unique(name, self._nodes))
 
 
 def _unique(name: str, taken: set[str | None]) -> str:
@@ -169,7 +169,7 @@ def bypass(node: ir.Node, source: ir.Value | None = None, *, rename: bool = Fals
 
 
 def replace_output(value: ir.Value, replacement: ir.Value) -> None:
-    """Makes `replacement` the graph output in place of `value`; it takes over the name, which is the model's contract."""
+    """Makes `replacement` the graph output in place of `value`; it takes over the name, which users rely on."""
     graph = value.graph
     assert isinstance(graph, ir.Graph)
     name = value.name

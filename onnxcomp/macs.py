@@ -98,5 +98,6 @@ def _sizes(shape: ir.Shape | None, dims: Mapping[str, int] | int | None) -> tupl
         sizes.append(size)
     return tuple(sizes)
 
+
 MAC_OPS = frozenset(_COUNTERS)
 """Op types that have multiply-accumulates."""

@@ -114,7 +114,7 @@ def scalar_noise(rows: Array, weight: Array, grid: Grid, candidates: int = 64) -
 
 
 def random_noise(rows: Array, weight: Array, grid: Grid, seed: int, candidates: int = 40) -> Array:
-    """The paper's noise: one uniform draw in `[-1, 1]`, scaled by the half range in `[0, 2 s]` of least output error."""
-    draw = np.random.default_rng(seed).uniform(-1.0, 1.0, rows.shape[1]).astype(np.float32)
-    halves = np.linspace(0.0, 2.0, candidates + 1, dtype=np.float32) * grid.scale
-    return min((draw * half for half in halves), key=lambda vector: output_error(rows, weight, grid, vector))
+    """The paper's noise: a uniform draw in `[-1, 1]`, scaled by the half range in `[0, 2 s]` of least output error."""
+    draw = np.asarray(np.random.default_rng(seed).uniform(-1.0, 1.0, rows.shape[1]), np.float32)
+    vectors = [draw * np.float32(2.0 * i / candidates) * grid.scale for i in range(candidates + 1)]
+    return min(vectors, key=lambda vector: output_error(rows, weight, grid, vector))

@@ -48,17 +48,17 @@ class Grid:
     @property
     def low(self) -> Array:
         """Smallest representable value."""
-        return (self.qmin - self.zero_point.astype(np.float32)) * self.scale
+        return np.asarray((self.qmin - self.zero_point.astype(np.float32)) * self.scale)
 
     @property
     def high(self) -> Array:
         """Largest representable value."""
-        return (self.qmax - self.zero_point.astype(np.float32)) * self.scale
+        return np.asarray((self.qmax - self.zero_point.astype(np.float32)) * self.scale)
 
     def quantize(self, x: Array) -> Array:
         """Integers for `x`, in the container's dtype and the shape of `x`."""
         q = np.rint(x / self._spread(self.scale, x)) + self._spread(self.zero_point, x)
-        return np.clip(q, self.qmin, self.qmax).astype(self.dtype)
+        return np.asarray(np.clip(q, self.qmin, self.qmax).astype(self.dtype))
 
     def dequantize(self, q: Array) -> Array:
         """Float32 values for integers `q`."""
@@ -93,7 +93,7 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
     levels = 2**bits - 1
     if symmetric:
         half = max(-low, high)
-        low, high = -half, half * (levels - 2**(bits - 1)) / 2**(bits - 1)
+        low, high = -half, half * (levels - 2 ** (bits - 1)) / 2 ** (bits - 1)
     # A scale below the smallest normal float32 would overflow in 1/scale; such a tensor is all zero to the runtime.
     scale = np.float32(max((high - low) / levels, float(np.finfo(np.float32).tiny)))
     zero_point = 2 ** (bits - 1) if symmetric else int(np.clip(np.rint(-low / scale), 0, levels))
@@ -106,7 +106,9 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
     )
 
 
-def observed_range(histogram: Histogram, method: RangeMethod, bits: int, *, percentile: float = 99.99) -> tuple[float, float]:
+def observed_range(
+    histogram: Histogram, method: RangeMethod, bits: int, *, percentile: float = 99.99
+) -> tuple[float, float]:
     """Range `(low, high)`, zero included, to quantize an observed tensor with.
 
     Args:

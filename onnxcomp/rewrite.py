@@ -26,7 +26,7 @@ from onnxcomp.target import Array, Capabilities, Feed
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 """Called with what is being done, how many steps are done, and how many there are (None if unknown)."""
 
-O = TypeVar("O", bound=Observer)
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Context:
     runner: Runner | None = None
     sample: Feed | None = None
 
-    def statistic(self, name: str, kind: type[O]) -> O:
+    def statistic(self, name: str, kind: type[AnyObserver]) -> AnyObserver:
         """The observer of value `name`.
 
         Raises:
@@ -115,7 +115,7 @@ class Pass(ABC):
 
     where: Select = Select()
 
-    def requires(self, model: ir.Model, context: Context) -> None:
+    def requires(self, model: ir.Model, context: Context) -> None:  # noqa: B027 - most passes work on every model
         """Refuses early, before calibration, when the pass cannot work on this model or target.
 
         Raises:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import TypeVar
 
 import numpy as np
+from typing_extensions import override
 
 from onnxcomp.errors import CalibrationError
 from onnxcomp.target import Array
@@ -95,6 +96,7 @@ class Histogram(Observer):
         """Centers of the bins in `counts`, shape `(used_bins,)`, float64."""
         return (np.arange(self._first, self._first + len(self._counts)) + 0.5) * self.width
 
+    @override
     def update(self, x: Array) -> None:
         x = _finite(np.asarray(x))
         if not x.size:
@@ -115,6 +117,7 @@ class Histogram(Observer):
         index = np.floor(np.ldexp(nonzero, -self._exponent)).astype(np.int64)
         self._add(int(index.min()), np.bincount(index - index.min(), weights))
 
+    @override
     def merge(self, other: Histogram) -> None:
         same_weights = (self.weights is None) == (other.weights is None) and (
             self.weights is None or np.array_equal(self.weights, other.weights)  # type: ignore[arg-type]
@@ -170,7 +173,7 @@ class Histogram(Observer):
         assert self.weights is not None
         shape = [1] * x.ndim
         shape[self.axis] = -1
-        return np.broadcast_to(self.weights.reshape(shape), x.shape)
+        return np.asarray(np.broadcast_to(self.weights.reshape(shape), x.shape))
 
     def _add(self, first: int, counts: Array) -> None:
         if not len(self._counts):
@@ -212,8 +215,9 @@ class Moments(Observer):
     @property
     def variance(self) -> Array:
         """Population variance, float64, shape `(channels,)` or `()`."""
-        return np.maximum(self._square / self.count - self.mean**2, 0.0)
+        return np.asarray(np.maximum(self._square / self.count - self.mean**2, 0.0))
 
+    @override
     def update(self, x: Array) -> None:
         x = _finite(np.asarray(x)).astype(np.float64)
         rows = x.reshape(-1, 1) if self.axis is None else channel_rows(x, self.axis)
@@ -223,6 +227,7 @@ class Moments(Observer):
         self._sum, self._square = self._sum + total, self._square + square
         self.count += len(rows)
 
+    @override
     def merge(self, other: Moments) -> None:
         if other.axis != self.axis:
             raise CalibrationError("cannot merge moments over different axes")
@@ -256,11 +261,13 @@ class RowSample(Observer):
             raise CalibrationError("a row sample has seen no data")
         return self._sample
 
+    @override
     def update(self, x: Array) -> None:
         matrix = channel_rows(_finite(np.asarray(x, dtype=np.float32)), self.axis)
         self.seen += len(matrix)
         self._keep(self._random.random(len(matrix)), matrix)
 
+    @override
     def merge(self, other: RowSample) -> None:
         if (other.rows, other.axis) != (self.rows, self.axis):
             raise CalibrationError("cannot merge row samples of different settings")

@@ -120,9 +120,7 @@ class _Attention:
     weights: tuple[ir.Value, ...]
 
 
-def attention_folds(
-    model: ir.Model, context: Context, tensors: Sequence[QuantizedTensor]
-) -> dict[ir.Node, _ValueFold]:
+def attention_folds(model: ir.Model, context: Context, tensors: Sequence[QuantizedTensor]) -> dict[ir.Node, _ValueFold]:
     """Folds into the bias of the value projection, by quantizer.
 
     Rows of a softmax sum to one, so a constant added to all values is added to the attention's output. Which entries
@@ -189,9 +187,7 @@ def _bias_of(node: ir.Node | None, value: ir.Value) -> Bias | None:
     return next((b for v in node.inputs if v is not None and (b := added_constant(node, v)) is not None), None)
 
 
-def _probe(
-    model: ir.Model, context: Context, found: Sequence[_Attention], biases: Sequence[Array]
-) -> dict[str, Array]:
+def _probe(model: ir.Model, context: Context, found: Sequence[_Attention], biases: Sequence[Array]) -> dict[str, Array]:
     """Runs the model with each projection's output replaced by `0 * output + bias`, and puts everything back."""
     editor = Editor(model)
     names = {v.name for a in found for v in (a.tensor.value, *a.weights) if v.name}
@@ -258,5 +254,3 @@ def _over_last_axis(softmax: ir.Node) -> bool:
     axis = -1 if attribute is None else attribute.as_int()
     shape = softmax.outputs[0].shape
     return axis == -1 or (shape is not None and axis == len(shape) - 1)
-
-

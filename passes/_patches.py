@@ -77,5 +77,6 @@ def _static(dims: Sequence[int | ir.SymbolicDim]) -> tuple[int, ...] | None:
 
 
 def _typed(value: ir.Value, like: ir.Value, dims: Sequence[int | ir.SymbolicDim]) -> None:
-    value.dtype = like.dtype
+    if like.dtype is not None:
+        value.dtype = like.dtype
     value.shape = ir.Shape(dims)

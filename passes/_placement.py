@@ -168,7 +168,8 @@ class _Planner:
             if activation is None or value in self.folds or not self.where(activation):
                 continue
             after = activation.outputs[0]
-            if after in self.demanded and all(n in self.quantized for n in users(after)) and not after.is_graph_output():
+            quantized_only = all(n in self.quantized for n in users(after)) and not after.is_graph_output()
+            if after in self.demanded and quantized_only:
                 self.folds[value] = activation
                 self.forced.add(after)
 
@@ -184,9 +185,8 @@ class _Planner:
                 origin = shares[origin]
             readers = None if value in self.forced else [n for n in users(value) if n in self.quantized]
             place = before.get(value, value)
-            self.result.pairs[place] = Pair(
-                observed=origin.name or "", readers=readers, folded=self.folds.get(place) if place is not value else None
-            )
+            folded = self.folds.get(place) if place is not value else None
+            self.result.pairs[place] = Pair(observed=origin.name or "", readers=readers, folded=folded)
 
     def _data_inputs(self, node: ir.Node) -> list[ir.Value]:
         placement = self.placements[node.op_type]
@@ -255,9 +255,7 @@ def _matmul(node: ir.Node, activation: ir.Value, weight: ir.Value, rank: int) ->
         array = constant(other)
         if array is not None and array.size == channels == array.shape[-1] and array.ndim == 1:
             bias, user, output = other, readers[0], readers[0].outputs[0]
-    return Linear(
-        node=node, input=activation, weight=weight, channel_axis=1, bias=bias, bias_user=user, output=output
-    )
+    return Linear(node=node, input=activation, weight=weight, channel_axis=1, bias=bias, bias_user=user, output=output)
 
 
 def _channels(weight: ir.Value) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from annotated_types import Ge
+from typing_extensions import override
 
 from onnxcomp._onnxscript import FoldConstants, Simplify
 from onnxcomp.model import all_nodes, name_nodes
@@ -36,6 +37,7 @@ class Cleanup(Pass):
 
     max_constant: Annotated[int, Ge(1)] = 1 << 18
 
+    @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
         before = Counter(n.op_type for n in all_nodes(model))
         IrPassAdapter(
@@ -52,7 +54,7 @@ class Cleanup(Pass):
         edits += patches_to_matmul(model, self.where)
         IrPassAdapter(
             common_passes.RemoveUnusedNodesPass(),
-            common_passes.RemoveUnusedFunctionsPass(),
+            common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
             common_passes.RemoveUnusedOpsetsPass(),
             common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         )(model)

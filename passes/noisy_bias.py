@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 import onnx_ir as ir
 from annotated_types import Ge, Le
+from typing_extensions import override
 
 from onnxcomp.edit import Editor, attribute, in_main_graph, users
 from onnxcomp.noise import Method, find_noise
@@ -60,11 +61,13 @@ class NoisyBias(Pass):
     min_gain: Annotated[float, Ge(0.0), Le(1.0)] = 0.01
     max_zeros: Annotated[float, Ge(0.0), Le(1.0)] = 0.02
 
+    @override
     def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
         return {
             site.tensor.value.name or "": RowSample(self.rows, seed=context.seed) for site in self._sites(model, [])
         }
 
+    @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
         edits: list[Edit] = []
         sites = self._sites(model, edits)
@@ -115,7 +118,8 @@ class NoisyBias(Pass):
             if unfit is None:
                 found.append(Site(tensor=tensor, readers=tuple(readers)))
             elif any(_is_linear(model, r) for r in readers) or unfit.op_type == "Conv":
-                reason = "padding inserts zeros behind the noise" if unfit.op_type == "Conv" else "it would see the noise"
+                padded = "padding inserts zeros behind the noise"
+                reason = padded if unfit.op_type == "Conv" else "it would see the noise"
                 edits.append(refused(unfit, f"it reads the quantized tensor, and {reason}"))
         return found
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from annotated_types import Ge, Gt, Le
+from typing_extensions import override
 
 from onnxcomp.edit import Editor, attribute, bypass, constant, redirect, replace_output, users
 from onnxcomp.errors import PassError
@@ -60,10 +61,12 @@ class Quantize(Pass):
     symmetric: bool = False
     bins: Annotated[int, Ge(256), Le(1 << 20)] = 8192
 
+    @override
     def requires(self, model: ir.Model, context: Context) -> None:
         if not context.capabilities.placements:
             raise PassError(f"target {context.capabilities.target!r} has no integer kernels")
 
+    @override
     def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
         todo = plan(model, context.capabilities, self.where)
         weights = _channel_weights(todo) if self.output_aware and self.range == "mse" else {}
@@ -73,6 +76,7 @@ class Quantize(Pass):
             observers[pair.observed] = Histogram(self.bins, weights=norms, axis=axis)
         return observers
 
+    @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
         todo = plan(model, context.capabilities, self.where)
         unsigned = {pair.observed for pair in todo.pairs.values() if pair.folded is not None}
@@ -80,8 +84,7 @@ class Quantize(Pass):
         editor = Editor(model)
         edits = list(todo.refusals)
         scales = _input_scales(todo, grids)
-        for linear in todo.linears:
-            edits.append(self._quantize_linear(editor, linear, scales[linear.input], context))
+        edits += [self._quantize_linear(editor, linear, scales[linear.input], context) for linear in todo.linears]
         edits.extend(applied(node, "inputs and output quantized") for node in todo.elementwise)
         for value, pair in todo.pairs.items():
             if pair.folded is not None:
@@ -111,7 +114,8 @@ class Quantize(Pass):
         if bias is not None:
             grid = _with_room_for_bias(grid, bias.reshape(-1), input_scale)
         linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
-        detail = f"input {self.activation_bits} bit, weight {bits} bit per {'channel' if self.per_channel else 'tensor'}"
+        each = "channel" if self.per_channel else "tensor"
+        detail = f"input {self.activation_bits} bit, weight {bits} bit per {each}"
         if linear.bias is not None and linear.bias_user is not None and bias is not None:
             scale = np.asarray(input_scale * grid.scale, np.float32)
             integers = quantize_bias(editor, linear.bias, bias.reshape(-1), scale, linear.bias_user)
@@ -121,7 +125,7 @@ class Quantize(Pass):
 
 
 def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
-    """For every tensor that only linear ops read quantized: squared weight norm of each channel, and the channel axis."""
+    """Squared weight norm of each channel, and the channel axis, of tensors that only linear ops read quantized."""
     readers: dict[str, list[Linear]] = {}
     for linear in todo.linears:
         readers.setdefault(linear.input.name or "", []).append(linear)

@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="needs PyTorch")
 pytestmark = pytest.mark.torch
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE = TensorSpec("image", np.dtype(np.float32), (1, 3, 224, 224))
+IMAGE = TensorSpec(name="image", dtype=np.dtype(np.float32), shape=(1, 3, 224, 224))
 CATS = range(281, 286)  # ImageNet
 
 
@@ -45,36 +45,59 @@ def distinct(feeds):
     return len({f["image"].tobytes() for f in feeds})
 
 
+@pytest.fixture(scope="module")
+def images(example):
+    pytest.importorskip("skimage", reason="needs scikit-image")
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    return example("efficientnet.images")
+
+
+@pytest.fixture(scope="module")
+def efficientnet(example, tmp_path_factory):
+    pytest.importorskip("examples.assets", reason="needs the downloader of the examples")
+    example("efficientnet.model")
+    path = tmp_path_factory.mktemp("efficientnet") / "model.onnx"
+    return exported("examples.efficientnet.model:model", path)
+
+
+@pytest.fixture(scope="module")
+def source(example):
+    path = example("vit.model").weights()
+    if not path.is_file():
+        pytest.skip(f"the ViT is not at {path}: set ONNXCOMP_VIT")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(example):
+    module = example("vit.data")
+    if not module.archive().is_file():
+        pytest.skip(f"CIFAR-10 is not at {module.archive()}: set ONNXCOMP_CIFAR")
+    return module
+
+
+@pytest.fixture(scope="module")
+def vit(source, tmp_path_factory):
+    return exported("examples.vit.model:model", tmp_path_factory.mktemp("vit") / "model.onnx")
+
+
 class TestEfficientNet:
-    @pytest.fixture(scope="class")
-    def images(self, example):
-        pytest.importorskip("skimage", reason="needs scikit-image")
-        pytest.importorskip("sklearn", reason="needs scikit-learn")
-        return example("efficientnet.images")
-
-    @pytest.fixture(scope="class")
-    def model(self, example, tmp_path_factory):
-        pytest.importorskip("examples.assets", reason="needs the downloader of the examples")
-        example("efficientnet.model")
-        path = tmp_path_factory.mktemp("efficientnet") / "model.onnx"
-        return exported("examples.efficientnet.model:model", path)
-
-    def test_graph(self, model):
-        ops = Counter(n.op_type for n in model.graph)
+    def test_graph(self, efficientnet):
+        ops = Counter(n.op_type for n in efficientnet.graph)
         assert ops == {"Conv": 49, "Clip": 33, "Add": 9, "ReduceMean": 1, "Reshape": 1, "Gemm": 1}
 
-    def test_module_paths(self, model):
+    def test_module_paths(self, efficientnet):
         select = Select(module=("blocks.*.depthwise.conv",))
-        assert [n.attributes["group"].as_int() > 1 for n in model.graph if select(n)] == [True] * 16
+        assert [n.attributes["group"].as_int() > 1 for n in efficientnet.graph if select(n)] == [True] * 16
 
-    def test_recognises_a_cat(self, model, images):
+    def test_recognises_a_cat(self, efficientnet, images):
         feed = {"image": images.preprocess(images.central(images.picture("chelsea")))}
-        assert int(runs(model)(feed)["logits"].argmax()) in CATS
+        assert int(runs(efficientnet)(feed)["logits"].argmax()) in CATS
 
     @pytest.mark.parametrize(("picture", "label"), [("coffee", 967), ("rocket", 657), ("flower", 985)])
-    def test_recognises_other_pictures(self, model, images, picture, label):
+    def test_recognises_other_pictures(self, efficientnet, images, picture, label):
         feed = {"image": images.preprocess(images.central(images.picture(picture)))}
-        assert int(runs(model)(feed)["logits"].argmax()) == label
+        assert int(runs(efficientnet)(feed)["logits"].argmax()) == label
 
     @pytest.mark.parametrize("which", ["calibration", "evaluation"])
     def test_feeds(self, images, which):
@@ -91,26 +114,8 @@ class TestEfficientNet:
 
 
 class TestVit:
-    @pytest.fixture(scope="class")
-    def source(self, example):
-        path = example("vit.model").weights()
-        if not path.is_file():
-            pytest.skip(f"the ViT is not at {path}: set ONNXCOMP_VIT")
-        return path
-
-    @pytest.fixture(scope="class")
-    def data(self, example):
-        module = example("vit.data")
-        if not module.archive().is_file():
-            pytest.skip(f"CIFAR-10 is not at {module.archive()}: set ONNXCOMP_CIFAR")
-        return module
-
-    @pytest.fixture(scope="class")
-    def model(self, source, tmp_path_factory):
-        return exported("examples.vit.model:model", tmp_path_factory.mktemp("vit") / "model.onnx")
-
-    def test_graph_has_no_shape_arithmetic(self, model):
-        ops = Counter(n.op_type for n in model.graph)
+    def test_graph_has_no_shape_arithmetic(self, vit):
+        ops = Counter(n.op_type for n in vit.graph)
         assert not ops.keys() & {"Shape", "Slice", "Unsqueeze", "Squeeze", "Expand", "Where", "Erf", "Constant"}
         assert ops["Softmax"] == ops["Gelu"] == ops["Split"] == 12
         assert ops["LayerNormalization"] == 25
@@ -123,18 +128,18 @@ class TestVit:
             ("blocks.*.mlp.*", {"MatMul": 24, "Add": 24, "Gelu": 12}),
         ],
     )
-    def test_module_paths(self, model, pattern, ops):
-        assert Counter(n.op_type for n in model.graph if Select(module=(pattern,))(n)) == ops
+    def test_module_paths(self, vit, pattern, ops):
+        assert Counter(n.op_type for n in vit.graph if Select(module=(pattern,))(n)) == ops
 
-    def test_computes_what_the_source_computes(self, model, source, data, monkeypatch):
+    def test_computes_what_the_source_computes(self, vit, source, data, monkeypatch):
         monkeypatch.setenv("ONNXCOMP_LIMIT", "4")
-        here, there = runs(model), runs(load(source))
+        here, there = runs(vit), runs(load(source))
         for feed in data.evaluation():
             np.testing.assert_allclose(here(feed)["logits"], there(feed)["logits"], rtol=1e-4, atol=1e-4)
 
-    def test_accuracy(self, model, data, monkeypatch):
+    def test_accuracy(self, vit, data, monkeypatch):
         monkeypatch.setenv("ONNXCOMP_LIMIT", "40")
-        assert data.top1(runs(model))["top1"] > 0.7
+        assert data.top1(runs(vit))["top1"] > 0.7
 
     def test_feeds(self, data, monkeypatch):
         monkeypatch.setenv("ONNXCOMP_LIMIT", "40")
