@@ -144,7 +144,7 @@ class _Planner:
     def _force(self, value: ir.Value) -> set[ir.Value]:
         """Forces the output of an op, or that of the activation which alone reads it."""
         activation = _foldable_reader(value)
-        if activation is not None and self.where(activation):
+        if activation is not None:
             self.folds[value] = activation
             value = activation.outputs[0]
         self.forced.add(value)
@@ -165,7 +165,7 @@ class _Planner:
         """Folds a ReLU between an op whose output need not be quantized and a tensor that is quantized anyway."""
         for value in outputs:
             activation = _foldable_reader(value)
-            if activation is None or value in self.folds or not self.where(activation):
+            if activation is None or value in self.folds:
                 continue
             after = activation.outputs[0]
             quantized_only = all(n in self.quantized for n in users(after)) and not after.is_graph_output()
