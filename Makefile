@@ -43,7 +43,7 @@ help:
 
 demo: $(DEMO_STAMP)
 	@echo "==> running the OCR example"
-	$(PY) examples/ocr/demo.py $(DEMO_ARGS)
+	$(PY) -m examples.ocr.demo $(DEMO_ARGS)
 
 test: $(TEST_STAMP)
 	@echo "==> running the tests"

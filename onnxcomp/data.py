@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import itertools
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 
-from onnxcomp.errors import DataError
+from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.target import Array, Feed, TensorSpec
 
 Source: TypeAlias = "str | Path | Callable[[], Iterable[Feed]] | Iterable[Feed]"
@@ -52,35 +55,55 @@ class Data:
         stop = self.start + count if self.stop is None else min(self.stop, self.start + count)
         return replace(self, stop=stop)
 
-    def count(self) -> int:
-        """Number of feeds, found by iterating without checking."""
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
         return sum(1 for _ in itertools.islice(self.open(), self.start, self.stop))
 
-    def split(self, samples: int | None) -> tuple[Data, Data]:
+    def digests(self) -> list[bytes]:
+        """A hash of every feed, to find feeds that occur twice."""
+        return [_digest(feed) for feed in self]
+
+    def split(self, samples: int | None, eval_samples: int | None = None) -> tuple[Data, Data]:
         """Splits into calibration and evaluation data that share no feed.
 
-        The first half calibrates, at most `samples` feeds of it; the second half evaluates. Neighbouring feeds are
-        often alike (crops of one picture, frames of one video), so halves are kept together. A single feed serves as
-        both, and `seen_by_calibration` is set.
+        The first half calibrates, the second half evaluates. Neighbouring feeds are often alike (crops of one picture,
+        frames of one video), so halves are kept together. With both limits given, no more feeds than needed are read.
+        A single feed serves as both, and `seen_by_calibration` is set.
+
+        Args:
+            samples: Most feeds to calibrate with, None for all of the half.
+            eval_samples: Most feeds to evaluate on, likewise.
 
         Raises:
             DataError: If there is no feed.
         """
-        total = self.count()
+        used = self if samples is None or eval_samples is None else self.take(2 * max(samples, eval_samples))
+        total = len(used)
         if total == 0:
             raise DataError(f"{self.name} is empty")
         if total == 1:
-            return self, replace(self, seen_by_calibration=True)
+            return used, replace(used, seen_by_calibration=True)
         middle = self.start + total // 2
-        return replace(self, stop=middle).take(samples), replace(self, start=middle)
+        return replace(used, stop=middle).take(samples), replace(used, start=middle).take(eval_samples)
+
+
+def _digest(feed: Feed) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(feed):
+        array = np.asarray(feed[name])
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def load_data(source: Source, inputs: Sequence[TensorSpec], *, seed: int = 0) -> Data:
     """Opens sample data.
 
     Args:
-        source: One of: a `.npz` file, one array an input (first axis: samples, or one feed if the shape is the
-            input's); a folder of `.npz` files (one feed each), of `.npy` files (one array an input, named as the
+        source: One of: a `.npz` file, one array an input (first axis: samples; a scalar goes into every feed); a folder of `.npz` files (one feed each), of `.npy` files (one array an input, named as the
             input), or of ONNX `test_data_set_*` folders; such a `test_data_set_*` folder; `module:function`, which
             returns an iterable of feeds; `random`, for smoke tests; a callable or a re-iterable of feeds.
         inputs: The model's inputs.
@@ -122,8 +145,9 @@ def load_function(text: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise DataError(f"module {module_name!r} of {text!r} cannot be imported: {error}") from error
+    except Exception as error:  # a module may raise anything while it is imported
+        reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"module {module_name!r} of {text!r} cannot be imported: {reason}") from error
     finally:
         if added:
             sys.path.remove(str(Path.cwd()))
@@ -177,8 +201,12 @@ def _checked(data: Data) -> Data:
 def _from_function(function: Callable[[], Iterable[Feed]], text: str) -> Iterator[Feed]:
     try:
         yield from function()
-    except TypeError as error:
-        raise DataError(f"{text} has to be callable without arguments and return feeds: {error}") from error
+    except OnnxcompError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise DataError(
+            f"{text} has to be callable without arguments and return feeds; it raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _opener(path: Path, inputs: tuple[TensorSpec, ...]) -> Callable[[], Iterator[Feed]]:
@@ -188,7 +216,7 @@ def _opener(path: Path, inputs: tuple[TensorSpec, ...]) -> Callable[[], Iterator
         if path.suffix == ".npy" and len(inputs) == 1:
             return lambda: _from_arrays({inputs[0].name: path}, inputs)
         raise DataError(f"{path}: expected a .npz file{'' if len(inputs) == 1 else ' (the model has several inputs)'}")
-    if sets := sorted(path.glob("test_data_set_*")):
+    if sets := sorted(path.glob("test_data_set_*"), key=_number):
         return lambda: (_from_protobuf(s, inputs) for s in sets)
     if any(path.glob("input_*.pb")):
         return lambda: iter([_from_protobuf(path, inputs)])
@@ -204,13 +232,17 @@ def _opener(path: Path, inputs: tuple[TensorSpec, ...]) -> Callable[[], Iterator
 
 
 def _from_arrays(files: Mapping[str, Path], inputs: tuple[TensorSpec, ...]) -> Iterator[Feed]:
-    try:
-        arrays = {k: np.load(v, mmap_mode="r", allow_pickle=False) for k, v in files.items()}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{', '.join(map(str, files.values()))}: {error}") from error
-    rows = {k: _rows(a.shape, _spec(inputs, k)) for k, a in arrays.items()}
+    arrays = {name: _mapped(file) for name, file in files.items()}
+    rows = {k: _rows(a.shape, _spec(inputs, k, files[k]), str(files[k])) for k, a in arrays.items()}
     for i in range(_common_length(rows, ", ".join(map(str, files.values())))):
         yield {k: np.array(a[rows[k].item(i)]) for k, a in arrays.items()}
+
+
+def _mapped(file: Path) -> Array:
+    try:
+        return np.lib.format.open_memmap(file, mode="r")
+    except (OSError, ValueError, EOFError) as error:  # Python objects are among the ValueErrors
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _from_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> Iterator[Feed]:
@@ -221,15 +253,17 @@ def _from_npz(path: Path, inputs: tuple[TensorSpec, ...]) -> Iterator[Feed]:
             readers: dict[str, Iterator[Array]] = {}
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
+                spec = _spec(inputs, name, path)
                 stream = streams.enter_context(archive.open(member))
                 shape, fortran, dtype = _npy_header(stream)
                 if dtype.hasobject:
                     raise DataError(f"{path}: {name!r} holds Python objects, which are not read")
-                rows[name] = _rows(shape, _spec(inputs, name))
+                rows[name] = _rows(shape, spec, str(path))
                 readers[name] = _stream(stream, shape, fortran, dtype, rows[name])
             for _ in range(_common_length(rows, str(path))):
                 yield {name: next(reader) for name, reader in readers.items()}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        # RuntimeError: it is encrypted, or compressed in a way that Python does not know
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -241,7 +275,10 @@ def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """How an array of samples is cut into feeds: `count` of `size` rows each; size 0 drops the axis, -1 is whole."""
+    """How an array of samples is cut into feeds: `count` of `size` rows each.
+
+    Size 0 drops the axis; -1 takes the whole array into every feed.
+    """
 
     count: int
     size: int
@@ -252,34 +289,39 @@ class _Rows:
         return i if self.size == 0 else slice(i * self.size, (i + 1) * self.size)
 
 
-def _rows(shape: tuple[int, ...], spec: TensorSpec | None) -> _Rows:
-    if spec is None or spec.shape is None or not shape:
+def _rows(shape: tuple[int, ...], spec: TensorSpec, where: str) -> _Rows:
+    if spec.shape is None or not (shape or spec.shape):
         return _Rows(1, -1)
     if len(shape) == len(spec.shape) + 1:
         return _Rows(shape[0], 0)
     batch = spec.shape[0] if spec.shape else None
-    if len(shape) != len(spec.shape) or not spec.shape:
-        return _Rows(1, -1)  # wrong rank: check_feed says so
     size = batch if isinstance(batch, int) and batch > 0 else 1
+    if len(shape) != len(spec.shape) or 0 < shape[0] < size:
+        raise DataError(
+            f"{where}: input {spec.name!r} has shape {_text(shape)}; the model expects {_text(spec.shape)}, or that "
+            "with an axis of samples before it"
+        )
     return _Rows(shape[0] // size, size)
 
 
-def _spec(inputs: Sequence[TensorSpec], name: str) -> TensorSpec | None:
-    return next((i for i in inputs if i.name == name), None)
+def _spec(inputs: Sequence[TensorSpec], name: str, where: Path) -> TensorSpec:
+    for spec in inputs:
+        if spec.name == name:
+            return spec
+    raise DataError(f"{where}: the model has no input {name!r}; its inputs are {sorted(i.name for i in inputs)}")
 
 
 def _common_length(rows: Mapping[str, _Rows], where: str) -> int:
-    counts = {name: r.count for name, r in rows.items()}
+    counts = {name: r.count for name, r in rows.items() if r.size >= 0}
     if len(set(counts.values())) > 1:
         raise DataError(f"{where}: the inputs have different numbers of samples: {counts}")
-    return next(iter(counts.values()), 0)
+    return next(iter(counts.values()), 1 if rows else 0)
 
 
 def _stream(stream: Any, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any], rows: _Rows) -> Iterator[Array]:
     if fortran or rows.size < 0:
         whole = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if fortran else "C")
-        for i in range(rows.count):
-            yield np.array(whole[rows.item(i)])
+        yield from (np.array(whole[rows.item(i)]) for i in (range(rows.count) if rows.size >= 0 else itertools.count()))
         return
     item = shape[1:] if rows.size == 0 else (rows.size, *shape[1:])
     length = int(np.prod(item, dtype=np.int64)) * dtype.itemsize
@@ -291,15 +333,23 @@ def _stream(stream: Any, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[
 
 
 def _from_protobuf(folder: Path, inputs: tuple[TensorSpec, ...]) -> Feed:
+    """Tensors go by their name, and by the number of their file where the model has no input of that name."""
+    names = [i.name for i in inputs]
     feed = {}
-    for i, file in enumerate(sorted(folder.glob("input_*.pb"), key=lambda f: int(f.stem.split("_")[1]))):
+    for i, file in enumerate(sorted(folder.glob("input_*.pb"), key=_number)):
         try:
             tensor = onnx.load_tensor(str(file))
-        except Exception as error:
+            array = onnx.numpy_helper.to_array(tensor)
+        except Exception as error:  # protobuf and onnx raise many kinds
             raise DataError(f"{file} is not an ONNX tensor: {error}") from error
-        name = tensor.name or (inputs[i].name if i < len(inputs) else file.stem)
-        feed[name] = onnx.numpy_helper.to_array(tensor)
+        feed[names[i] if tensor.name not in names and i < len(names) else tensor.name] = array
     return feed
+
+
+def _number(path: Path) -> tuple[int, str]:
+    """Sorts `input_10.pb` behind `input_9.pb`."""
+    digits = path.stem.rpartition("_")[2]
+    return (int(digits) if digits.isdecimal() else -1, path.name)
 
 
 def _random(inputs: tuple[TensorSpec, ...], seed: int) -> Iterator[Feed]:
@@ -314,6 +364,8 @@ def _random(inputs: tuple[TensorSpec, ...], seed: int) -> Iterator[Feed]:
                 feed[spec.name] = random.standard_normal(shape).astype(spec.dtype)
             elif spec.dtype.kind == "b":
                 feed[spec.name] = random.random(shape) < 0.5
-            else:
+            elif spec.dtype.kind in "iu":
                 feed[spec.name] = random.integers(0, 2, shape).astype(spec.dtype)
+            else:
+                raise DataError(f"input {spec.name!r} is {spec.dtype}; random data cannot be made for it")
         yield feed

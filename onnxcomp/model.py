@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
     _check_external_data(model, path)
+    _embed_attributes(model)
     name_nodes(model)
     return model
 
@@ -77,7 +79,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Writes a model atomically: a reader sees the old file or the new one, never a part.
 
-    Weights above `EXTERNAL_THRESHOLD` bytes go into `<name>.data` beside the model.
+    Weights above `EXTERNAL_THRESHOLD` bytes go into `<name>.data` beside the model; if the model that is replaced uses
+    that name, into `<name>.1.data`, and the old file is removed at the end. So a model may be saved over the file that
+    it was loaded from. Its weights that are still on disk are then those of a file that is gone: load it anew.
 
     Raises:
         GraphError: If the folder does not exist or cannot be written.
@@ -85,14 +89,62 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     external = weight_bytes(model) > EXTERNAL_THRESHOLD
     try:
+        if not path.parent.is_dir():
+            raise GraphError(f"cannot write {path}: there is no folder {path.parent}")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             temporary = Path(folder, path.name)
-            ir.save(model, temporary, external_data=f"{path.name}.data" if external else None)
             if external:
-                os.replace(Path(folder, f"{path.name}.data"), path.with_name(f"{path.name}.data"))
-            os.replace(temporary, path)
+                _save_external(model, temporary, path)
+            else:
+                with _in_memory(model):
+                    ir.save(model, temporary)
+                os.replace(temporary, path)
     except OSError as error:
         raise GraphError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _save_external(model: ir.Model, temporary: Path, path: Path) -> None:
+    names = (f"{path.name}.data", f"{path.name}.1.data")
+    old = _data_files(path)
+    new = next(name for name in names if name not in old)
+    ir.save(model, temporary, external_data=new)
+    data = path.with_name(new)
+    os.replace(temporary.with_name(new), data)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        data.unlink()
+        raise
+    for name in set(names) & old:
+        path.with_name(name).unlink(missing_ok=True)
+
+
+def _data_files(path: Path) -> set[str]:
+    """Names of the files that hold weights of the model at `path`; none if there is no model."""
+    try:
+        model = ir.load(path)
+    except Exception:  # absent, or about to be replaced by a valid one
+        return set()
+    return {str(t.location) for v in initializers(model) if isinstance(t := v.const_value, ir.ExternalTensor)}
+
+
+@contextmanager
+def _in_memory(model: ir.Model) -> Iterator[None]:
+    """Holds weights that are on disk in memory; `onnx_ir` would write down where they were instead."""
+    swapped = [(v, t) for v in initializers(model) if isinstance(t := v.const_value, ir.ExternalTensor)]
+    try:
+        for value, tensor in swapped:
+            value.const_value = _loaded(tensor)
+        yield
+    finally:
+        for value, tensor in swapped:
+            value.const_value = tensor
+
+
+def _loaded(tensor: ir.ExternalTensor) -> ir.Tensor:
+    array = tensor.numpy().copy()
+    tensor.release()
+    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -255,24 +307,46 @@ def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
     folder = path.resolve().parent
-    for value in initializers(model):
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
+    for tensor in _external_tensors(model):
+        what = f"{path}: the file {tensor.location!r} with weight {tensor.name!r}"
         file = Path(tensor.path).resolve()
         if not file.is_relative_to(folder):
             raise GraphError(
-                f"{path}: weight {value.name!r} lies outside the model's folder ({tensor.location}); refused, since a "
-                "model must not read other files"
+                f"{what} lies outside the model's folder; refused, since a model must not read other files. Copy it "
+                "there if you trust the model"
             )
         if not file.is_file():
-            raise GraphError(f"{path}: the file {tensor.location!r} with weight {value.name!r} is missing")
-        needed = (tensor.offset or 0) + tensor.nbytes
-        if file.stat().st_size < needed:
+            raise GraphError(f"{what} is missing")
+        status = file.stat()
+        if status.st_nlink > 1:
+            raise GraphError(f"{what} has several hard links; refused, since it may be another file. Copy it")
+        start = tensor.offset or 0
+        if start < 0 or start + tensor.nbytes > status.st_size:
             raise GraphError(
-                f"{path}: the file {tensor.location!r} is truncated: weight {value.name!r} ends at byte {needed}, the "
-                f"file at {file.stat().st_size}"
+                f"{what} is truncated: the weight lies at bytes {start} to {start + tensor.nbytes}, the file ends at "
+                f"{status.st_size}"
             )
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in initializers(model):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+    for _, _, tensor in _external_attributes(model):
+        yield tensor
+
+
+def _external_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, str, ir.ExternalTensor]]:
+    for node in all_nodes(model):
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                yield node, name, attribute.value
+
+
+def _embed_attributes(model: ir.Model) -> None:
+    """Reads tensors of Constant nodes that lie on disk: no writer moves them along with the model."""
+    for node, name, tensor in list(_external_attributes(model)):
+        node.attributes[name] = ir.AttrTensor(name, _loaded(tensor))
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from examples.assets import efficientnet_lite0_weights
 from torch import Tensor, nn
 from torch.nn import functional
+
+from examples.assets import efficientnet_lite0_weights
 
 SIZE = 224
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxcomp.errors import CompileError, GraphError, TargetError
-from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, name_nodes, weight_bytes
+from onnxcomp.model import infer_shapes, name_nodes, save
 from onnxcomp.target import Artifact, Audit, Capabilities
 from onnxcomp.targets.ort.audit import audit
 from onnxcomp.targets.ort.feeds import read_state
@@ -100,11 +100,10 @@ def _prepare(model: ir.Model) -> ir.Model:
 
 
 def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilities) -> Manifest:
-    external = DATA if weight_bytes(model) > EXTERNAL_THRESHOLD else None
     try:
-        ir.save(model, folder / MODEL, external_data=external)
-    except (OSError, ValueError) as error:
-        raise CompileError(f"the model cannot be written to {folder}: {error}") from error
+        save(model, folder / MODEL)  # the weights, wherever they lie now, go along
+    except (GraphError, ValueError) as error:
+        raise CompileError(str(error)) from error
     session, found = _audit(model, folder / MODEL, scratch)
     return write_manifest(
         folder,

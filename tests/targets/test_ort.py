@@ -50,7 +50,7 @@ def test_compile_leaves_the_model_alone(small_model, tmp_path):
 
 def test_large_weights_go_beside_the_model(small_model, tmp_path, feed, monkeypatch):
     expected = OrtCpu().load(OrtCpu().compile(small_model, tmp_path / "a")).run(feed)
-    monkeypatch.setattr(compile_module, "EXTERNAL_THRESHOLD", 1000)
+    monkeypatch.setattr("onnxcomp.model.EXTERNAL_THRESHOLD", 1000)
     artifact = OrtCpu().compile(small_model, tmp_path / "b")
     assert (artifact.path / "model.onnx.data").stat().st_size > 1000
     found = OrtCpu().load(OrtCpu().open(artifact.path)).run(feed)
