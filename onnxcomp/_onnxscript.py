@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import rewrite
@@ -29,5 +31,30 @@ class Simplify(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = len(model.graph)
+        before = _by_input(model)
         rewrite(model)
+        _restore_names(before, _by_input(model))
         return ir.passes.PassResult(model, nodes != len(model.graph))
+
+
+_Key: TypeAlias = "tuple[str, str | None]"
+
+
+def _by_input(model: ir.Model) -> dict[_Key, dict[str | None, ir.Node]]:
+    """Nodes by op type and name of the first input, then by name, in order."""
+    found: dict[_Key, dict[str | None, ir.Node]] = {}
+    for node in model.graph.all_nodes():
+        first = node.inputs[0] if node.inputs else None
+        found.setdefault((node.op_type, first.name if first is not None else None), {})[node.name] = node
+    return found
+
+
+def _restore_names(before: dict[_Key, dict[str | None, ir.Node]], after: dict[_Key, dict[str | None, ir.Node]]) -> None:
+    """A rule puts a nameless node in the place of the old one; selectors and reports go by the name that it had."""
+    for key, nodes in after.items():
+        old = before.get(key, {})
+        gone = [name for name in old if name not in nodes]
+        new = [node for name, node in nodes.items() if name not in old]
+        if len(gone) == len(new):
+            for name, node in zip(gone, new, strict=True):
+                node.name = name

@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
-from onnxcomp.compare import Fidelity, Metric, compare_layers
+from onnxcomp.compare import Fidelity, Metric, Run, compare_layers
 from onnxcomp.compare import compare as _compare
 from onnxcomp.data import Data, Source, load_data, load_function
 from onnxcomp.doctor import Diagnosis, diagnose, environment
-from onnxcomp.errors import DataError
+from onnxcomp.errors import DataError, OnnxcompError, RecipeError
 from onnxcomp.macs import MAC_OPS, count_macs
-from onnxcomp.model import ModelSize, all_nodes, fix_shapes, input_specs, load, model_size, save
+from onnxcomp.model import ModelSize, all_nodes, fix_shapes, initializers, input_specs, load, model_size, save
 from onnxcomp.opset import opset
-from onnxcomp.profile import Latency, Ratio, measure, ratio
+from onnxcomp.profile import Latency, Ratio, ratio
+from onnxcomp.profile import measure as _time
 from onnxcomp.recipe import Recipe, builtin_recipes, load_recipe
 from onnxcomp.registry import PASSES, TARGETS, load_pass, load_target, names
 from onnxcomp.report import ModelReport, Report, write_report
 from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline, Progress
 from onnxcomp.select import Select, module_paths
-from onnxcomp.target import Artifact, Audit, Feed, Session, Target
+from onnxcomp.target import Artifact, Audit, Capabilities, Feed, Session, Target
 from onnxcomp.workdir import check_writable, replacing
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ RecipeLike: TypeAlias = "str | Recipe | Sequence[Pass]"
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 
 _LAYER_SAMPLES = 4
+_EVAL_SAMPLES = 256
 _FEW_SAMPLES = 8
 
 
@@ -48,19 +50,23 @@ class Inspection:
 
     Attributes:
         path: The file, empty for a model in memory.
+        file_bytes: Its size with external data.
         opset: Version of the default domain.
         producer: Exporter that wrote it.
         inputs: Input name to a text of type and shape.
         outputs: Output name to a text of type and shape.
+        dynamic: Input name to the axes whose size is open; they are fixed with `shapes`.
         size: Nodes, weights, multiply-accumulates.
         selected: Name, op type and module path of every node that the selector takes; None without a selector.
     """
 
     path: str
+    file_bytes: int
     opset: int
     producer: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    dynamic: Mapping[str, tuple[int, ...]]
     size: ModelSize
     selected: tuple[tuple[str, str, str], ...] | None = None
 
@@ -71,7 +77,7 @@ class RewriteResult:
 
     Attributes:
         path: Where the model was written, None for a dry run.
-        model: The rewritten model.
+        model: The rewritten model, as read back from the file if there is one.
         before: Size of the original.
         passes: What each pass did and refused.
     """
@@ -133,10 +139,12 @@ def inspect(model: ModelLike, *, select: Select | None = None, shapes: Shapes | 
         )
     return Inspection(
         path="" if isinstance(model, ir.Model) else str(model),
+        file_bytes=_file_bytes(model, loaded),
         opset=opset(loaded),
         producer=f"{loaded.producer_name or 'unknown'} {loaded.producer_version or ''}".strip(),
         inputs={v.name or "": f"{v.dtype} {v.shape}" for v in loaded.graph.inputs if not v.is_initializer()},
         outputs={v.name or "": f"{v.dtype} {v.shape}" for v in loaded.graph.outputs},
+        dynamic=_dynamic(loaded),
         size=model_size(loaded),
         selected=selected,
     )
@@ -153,6 +161,7 @@ def rewrite(
     seed: int = 0,
     shapes: Shapes | None = None,
     check: Check = "graph",
+    half: bool = False,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Rewrites a model with a recipe.
@@ -167,6 +176,7 @@ def rewrite(
         seed: Of everything random.
         shapes: Fixes dynamic input shapes.
         check: Validation after every pass.
+        half: Calibrates with the first half of the data only, as `compress` does.
         progress: Told about every step.
 
     Raises:
@@ -178,12 +188,15 @@ def rewrite(
         check_writable(Path(out))
     original = _load(model, shapes)
     before = model_size(original)
-    calibration = None if data is None else load_data(data, input_specs(original), seed=seed).take(samples)
+    calibration = None if data is None else load_data(data, input_specs(original), seed=seed)
+    if calibration is not None:
+        calibration = calibration.split(samples, _EVAL_SAMPLES)[0] if half else calibration.take(samples)
     pipeline = Pipeline(passes=steps, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed)
     rewritten = original.clone() if isinstance(model, ir.Model) else original
     reports = pipeline.run(rewritten, calibration, progress)
     if out is not None:
         save(rewritten, out)
+        rewritten = load(out)  # weights that were never in memory may have lain in a file that is replaced now
     return RewriteResult(path=None if out is None else Path(out), model=rewritten, before=before, passes=reports)
 
 
@@ -299,11 +312,12 @@ def compress(
     eval_data: Source | None = None,
     metric: str | Metric | None = None,
     samples: int | None = 128,
-    eval_samples: int | None = 256,
+    eval_samples: int | None = _EVAL_SAMPLES,
     seed: int = 0,
     threads: int = 1,
     shapes: Shapes | None = None,
     check: Check = "graph",
+    measure: bool = True,
     repeat: int = 50,
     seconds: float | None = 60.0,
     progress: Progress | None = None,
@@ -327,6 +341,7 @@ def compress(
         threads: Threads a run.
         shapes: Fixes dynamic input shapes.
         check: Validation after every pass.
+        measure: Whether to measure latency, memory and time by node, of the original as well.
         repeat: Rounds of timing.
         seconds: Most seconds to spend on timing.
         progress: Told about every step.
@@ -337,18 +352,22 @@ def compress(
     out = Path(out)
     plan = _recipe(recipe)
     scored = _metric(metric)
+    if scored is not None and data is None and eval_data is None:
+        raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
     chosen = load_target(target)()
+    capabilities = chosen.capabilities()
     original = _load(model, shapes)
+    if not isinstance(model, ir.Model) and Path(model).resolve().is_relative_to(out.resolve()):
+        raise OnnxcompError(f"{model} lies in the folder {out}, which is replaced; give another folder")
     calibration, evaluation, warnings = _split(original, data, eval_data, samples, eval_samples, seed)
+    warnings += _reservations(plan, target, capabilities)
     with replacing(out) as work:
         rewritten = original.clone() if isinstance(model, ir.Model) else _load(model, shapes)
-        pipeline = Pipeline(
-            passes=plan.passes, capabilities=chosen.capabilities(), runner=_runner(), check=check, seed=seed
-        )
+        pipeline = Pipeline(passes=plan.passes, capabilities=capabilities, runner=_runner(), check=check, seed=seed)
         passes = pipeline.run(rewritten, calibration, progress)
         save(rewritten, work / "model.onnx")
-        say = progress or (lambda *_: None)
-        say("compile", 0, None)
+        if progress:
+            progress("compile", 0, None)
         baseline = chosen.compile(_lower(original, chosen), work / "baseline")
         artifact = chosen.compile(_lower(rewritten, chosen), work / "artifact")
         sessions = {
@@ -356,37 +375,37 @@ def compress(
             "after": chosen.load(artifact, threads=threads),
         }
         fidelity = _fidelity(sessions, original, rewritten, evaluation, scored, progress)
-        feeds = evaluation or load_data("random", input_specs(original), seed=seed)
+        feeds = load_data("random", input_specs(original), seed=seed) if evaluation is None else evaluation
         feed = next(iter(feeds))
-        latency = _measure(sessions, feed, repeat, seconds, progress)
+        latency = _measure(sessions, feed, repeat, seconds, progress) if measure else {}
         name = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
+        before = ModelReport(
+            path=name,
+            file_bytes=_file_bytes(model, original),
+            **_figures(original, chosen, baseline, feed, threads, latency.get("before")),
+        )
+        after = ModelReport(
+            path=str(out / "model.onnx"),
+            file_bytes=_file_bytes(work / "model.onnx", load(work / "model.onnx")),
+            **_figures(rewritten, chosen, artifact, feed, threads, latency.get("after")),
+        )
         report = Report(
             recipe=plan.name,
             target=target,
             threads=threads,
-            environment={**environment(), "cpu features": ", ".join(chosen.capabilities().features)},
-            before=_model_report(
-                name, _file_bytes(model), original, chosen, baseline, latency["before"], feed, threads
-            ),
-            after=_model_report(
-                str(out / "model.onnx"),
-                _file_bytes(work / "model.onnx"),
-                rewritten,
-                chosen,
-                artifact,
-                latency["after"],
-                feed,
-                threads,
-            ),
+            environment={**environment(), "cpu features": ", ".join(capabilities.features)},
+            before=before,
+            after=after,
             passes=passes,
             fidelity=fidelity,
-            ratio=ratio(latency["after"], latency["before"]),
+            ratio=ratio(latency["after"], latency["before"]) if measure else None,
             calibration="" if calibration is None else calibration.name,
-            calibration_samples=0 if calibration is None else calibration.count(),
+            calibration_samples=0 if calibration is None else len(calibration),
             warnings=tuple(warnings),
             artifact=str(out / "artifact"),
             recipe_source=plan.source,
         )
+        report = replace(report, warnings=(*warnings, *_findings(report)))
         shutil.rmtree(work / "baseline")
         write_report(report, work)
     return report
@@ -442,11 +461,33 @@ def _recipe(recipe: RecipeLike) -> Recipe:
         return recipe
     if isinstance(recipe, (str, os.PathLike)):
         return load_recipe(str(recipe))
+    for step in recipe:
+        if not isinstance(step, Pass):
+            raise RecipeError(f"a recipe made in Python is a sequence of passes; {step!r} is none")
     return Recipe(name="custom", passes=tuple(recipe))
 
 
 def _metric(metric: str | Metric | None) -> Metric | None:
-    return load_function(metric) if isinstance(metric, str) else metric
+    """The metric, with what goes wrong in it turned into an error that names it."""
+    if metric is None:
+        return None
+    function = load_function(metric) if isinstance(metric, str) else metric
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+
+    def scored(run: Run) -> dict[str, float]:
+        try:
+            value = function(run)
+            table = value if isinstance(value, Mapping) else {"metric": value}
+            return {str(k): float(v) for k, v in table.items()}
+        except OnnxcompError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            raise DataError(
+                f"the metric {name} has to return a number, or names with numbers; it raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    return scored
 
 
 def _lower(model: ir.Model, target: Target) -> ir.Model:
@@ -476,21 +517,52 @@ def _split(
     specs = input_specs(model)
     warnings: list[str] = []
     calibration = None if data is None else load_data(data, specs, seed=seed)
-    if "random" in (data, eval_data):
+    if any(isinstance(d, str) and d == "random" for d in (data, eval_data)):
         warnings.append("random data was used: ranges and fidelity say nothing about real inputs")
     if eval_data is not None:
-        evaluation: Data | None = load_data(eval_data, specs, seed=seed)
+        evaluation: Data | None = load_data(eval_data, specs, seed=seed).take(eval_samples)
         calibration = None if calibration is None else calibration.take(samples)
     elif calibration is not None:
-        calibration, evaluation = calibration.split(samples)
+        calibration, evaluation = calibration.split(samples, eval_samples)
     else:
         evaluation = None
-        warnings.append("no data was given: fidelity was not measured")
-    if evaluation is not None:
-        evaluation = evaluation.take(eval_samples)
-        if (count := evaluation.count()) < _FEW_SAMPLES:
-            warnings.append(f"fidelity rests on {count} sample{'s' * (count != 1)}")
+        warnings.append("no data was given: only passes that need none could run, and fidelity was not measured")
+    if evaluation is None:
+        return calibration, None, warnings
+    digests = evaluation.digests()
+    known = set() if calibration is None else set(calibration.digests())
+    shared = sum(d in known for d in digests)
+    if shared:
+        evaluation = replace(evaluation, seen_by_calibration=True)
+    if 0 < shared < len(digests):
+        warnings.append(f"{shared} of {len(digests)} evaluation samples are calibration samples as well")
+    if len(digests) < _FEW_SAMPLES:
+        warnings.append(f"fidelity rests on {len(digests)} sample{'s' * (len(digests) != 1)} only")
     return calibration, evaluation, warnings
+
+
+def _reservations(recipe: Recipe, target: str, capabilities: Capabilities) -> list[str]:
+    """What the reader has to know about recipe and machine."""
+    found = []
+    if recipe.target not in (None, target):
+        found.append(f"recipe {recipe.name!r} is made for target {recipe.target}, not {target}")
+    if capabilities.reduce_range:
+        found.append(
+            "this CPU has no 8-bit dot product that keeps its sums (VNNI): weights keep to 7 bits, and integers gain "
+            "less time than on CPUs that have it"
+        )
+    return found
+
+
+def _findings(report: Report) -> list[str]:
+    """What the figures say that the reader must not miss."""
+    found = []
+    if report.verdict.kind == "slower":
+        found.append(f"the rewritten model is slower than the original on {report.target}")
+    if fallbacks := report.after.audit.fallbacks:
+        quantized = sum(r.quantized for r in report.after.audit.rows)
+        found.append(f"{len(fallbacks)} of {quantized} quantized nodes run in float on {report.target}")
+    return found
 
 
 def _fidelity(
@@ -502,16 +574,20 @@ def _fidelity(
     progress: Progress | None,
 ) -> Fidelity | None:
     if evaluation is None:
-        if metric is not None:
-            raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
         return None
+
+    def scored(run: Run) -> float | Mapping[str, float]:
+        for session in sessions.values():
+            session.reset()
+        return metric(run) if metric else {}
+
     fidelity = _compare(
         sessions["before"].run,
         sessions["after"].run,
         evaluation,
         data_name=evaluation.name,
         seen_by_calibration=evaluation.seen_by_calibration,
-        metric=metric,
+        metric=scored if metric else None,
         progress=progress,
     )
     layers = compare_layers(original, rewritten, _runner(), evaluation.take(_LAYER_SAMPLES), progress=progress)
@@ -528,29 +604,23 @@ def _measure(
         if progress:
             progress("profile", done, total)
 
-    return measure({k: run_of(s) for k, s in sessions.items()}, repeat=repeat, seconds=seconds, progress=told)
+    return _time({k: run_of(s) for k, s in sessions.items()}, repeat=repeat, seconds=seconds, progress=told)
 
 
-def _model_report(
-    path: str,
-    file_bytes: int,
-    model: ir.Model,
-    target: Target,
-    artifact: Artifact,
-    latency: Latency,
-    feed: Feed,
-    threads: int,
-) -> ModelReport:
+def _figures(
+    model: ir.Model, target: Target, artifact: Artifact, feed: Feed, threads: int, latency: Latency | None
+) -> dict[str, Any]:
+    """The fields of a `ModelReport` that come from running the model."""
     macs = _macs(model, feed)
-    return ModelReport(
-        path=path,
-        file_bytes=file_bytes,
-        size=replace(model_size(model), macs=sum(macs.values())),
-        audit=_with_macs(artifact.audit, macs),
-        latency=latency,
-        peak_memory=target.peak_memory(artifact, feed, threads=threads),
-        node_times=tuple(target.node_times(artifact, feed, threads=threads)),
-    )
+    figures: dict[str, Any] = {
+        "size": replace(model_size(model), macs=sum(macs.values())),
+        "audit": _with_macs(artifact.audit, macs),
+    }
+    if latency is not None:
+        figures["latency"] = latency
+        figures["peak_memory"] = target.peak_memory(artifact, feed, threads=threads)
+        figures["node_times"] = tuple(target.node_times(artifact, feed, threads=threads))
+    return figures
 
 
 def _macs(model: ir.Model, feed: Feed) -> dict[str, int]:
@@ -562,8 +632,9 @@ def _macs(model: ir.Model, feed: Feed) -> dict[str, int]:
     linear = [n for n in bound.graph if n.op_type in MAC_OPS]
     used = [v for n in linear for v in (*n.inputs, *n.outputs) if v is not None and not v.is_initializer()]
     values = {v.name or "": v for v in used}
-    for name, array in _runner()(model, list(values))(feed).items():
-        values[name].shape = ir.Shape(array.shape)
+    if values:
+        for name, array in _runner()(model, list(values))(feed).items():
+            values[name].shape = ir.Shape(array.shape)
     return {n.name or "": count_macs(n) for n in bound.graph.all_nodes()}
 
 
@@ -571,16 +642,18 @@ def _with_macs(audit: Audit, macs: Mapping[str, int]) -> Audit:
     return replace(audit, rows=tuple(replace(r, macs=macs.get(r.node, r.macs)) for r in audit.rows))
 
 
-def _file_bytes(model: ModelLike) -> int:
-    if isinstance(model, ir.Model):
+def _file_bytes(path: ModelLike, model: ir.Model) -> int:
+    """Size of the file at `path`, which `model` was loaded from, with its external data."""
+    if isinstance(path, ir.Model):
         return model_size(model).weight_bytes
-    return Path(model).stat().st_size + _external_bytes(Path(model))
+    tensors = (v.const_value for v in initializers(model))
+    files = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return Path(path).stat().st_size + sum(f.stat().st_size for f in files)
 
 
-def _external_bytes(path: Path) -> int:
-    files = {
-        Path(v.const_value.path).resolve()
-        for v in load(path).graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
+def _dynamic(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    axes = {
+        spec.name: tuple(i for i, size in enumerate(spec.shape or ()) if not isinstance(size, int))
+        for spec in input_specs(model)
     }
-    return sum(f.stat().st_size for f in files)
+    return {name: open_axes for name, open_axes in axes.items() if open_axes}

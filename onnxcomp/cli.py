@@ -1,23 +1,50 @@
 """The command line: one thin function a verb over `onnxcomp.api`.
 
 Exit codes: 0 done; 2 wrong usage, or an `OnnxcompError`; 3 a gate (`--max-drop`, `--min-sqnr`) failed; 130 interrupted.
+Results go to stdout; messages, warnings and progress to stderr. `ONNXCOMP_DEBUG=1` adds the traceback to an error.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from onnxcomp import __version__, cli_render
+from onnxcomp.cli_options import (
+    CheckLevel,
+    DataSource,
+    DryRun,
+    Inputs,
+    Json,
+    MaxDrop,
+    MetricName,
+    MinSqnr,
+    Model,
+    Output,
+    RecipeName,
+    Rounds,
+    Samples,
+    Seconds,
+    Seed,
+    TargetName,
+    Threads,
+    Tolerance,
+    selector,
+    shapes,
+)
+from onnxcomp.cli_options import check as check_level
 from onnxcomp.errors import OnnxcompError, RecipeError
-from onnxcomp.rewrite import Progress
+
+if TYPE_CHECKING:
+    from onnxcomp.rewrite import Progress
 
 app = typer.Typer(
     name="onnxcomp",
@@ -27,31 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Built-in recipe or .toml file.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help="Target; see 'onnxcomp list targets'.")]
-DataSource = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help=".npz, folder of .npz/.npy, test_data_set_*, module:function, or 'random'."),
-]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Most calibration samples.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads a run; 0 lets the runtime choose.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")]
-Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="Fixes a dynamic shape: name=1x3x224x224. May be repeated.")
-]
-CheckLevel = Annotated[str, typer.Option("--check", help="After every pass: none, graph or numeric.")]
-MetricName = Annotated[str | None, typer.Option("--metric", help="Task metric, module:function.")]
-MaxDrop = Annotated[
-    float | None, typer.Option("--max-drop", help="Exit with 3 if the metric, else top-1 agreement, falls by more.")
-]
-MinSqnr = Annotated[float | None, typer.Option("--min-sqnr", help="Exit with 3 if an output's SQNR is below this.")]
-Rounds = Annotated[int, typer.Option("--repeat", min=5, help="Rounds of timing.")]
-Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Most seconds of timing.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what is refused, and why.")]
-
 
 @app.command()
 def export(
@@ -59,12 +61,19 @@ def export(
     output: Output,
     opset: Annotated[int, typer.Option("--opset")] = 20,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the first dimension open.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the outputs with those of torch.")] = True,
+    rtol: Tolerance = 1e-4,
+    atol: Tolerance = 1e-4,
     as_json: Json = False,
 ) -> None:
     """Export a torch module with the dynamo exporter and check it against torch."""
     from onnxcomp import api
 
-    cli_render.show(api.export(factory, output, opset=opset, dynamic_batch=dynamic_batch), as_json)
+    with _working(as_json):
+        result = api.export(
+            factory, output, opset=opset, dynamic_batch=dynamic_batch, check=check, rtol=rtol, atol=atol
+        )
+    cli_render.show(result, as_json)
 
 
 @app.command()
@@ -79,8 +88,8 @@ def inspect(
     """Show what a model is made of, and which nodes a selector takes."""
     from onnxcomp import api
 
-    chosen = _selector(select) if select else None
-    cli_render.inspection(api.inspect(model, select=chosen, shapes=_shapes(inputs)), as_json)
+    chosen = selector(select) if select else None
+    cli_render.inspection(api.inspect(model, select=chosen, shapes=shapes(inputs)), as_json)
 
 
 @app.command()
@@ -102,10 +111,11 @@ def rewrite(
 
     if output is None and not dry_run:
         raise RecipeError("give the file to write with -o, or --dry-run")
-    with progress_bar() as progress:
+    _warn_of_random(data)
+    with _working(as_json) as progress:
         result = api.rewrite(
             model, None if dry_run else output, recipe=recipe, target=target, data=data, samples=samples, seed=seed,
-            shapes=_shapes(inputs), check=_check(check), progress=progress,
+            shapes=shapes(inputs), check=check_level(check), progress=progress,
         )  # fmt: skip
     cli_render.rewrite_result(result, as_json)
 
@@ -117,7 +127,9 @@ def compile_(
     """Compile a model for a target, and show what really runs there."""
     from onnxcomp import api
 
-    cli_render.artifact(api.compile(model, output, target=target, shapes=_shapes(inputs)), as_json)
+    with _working(as_json):
+        result = api.compile(model, output, target=target, shapes=shapes(inputs))
+    cli_render.artifact(result, as_json)
 
 
 @app.command()
@@ -136,10 +148,10 @@ def profile(
     """Measure latency, memory and time by node on the target."""
     from onnxcomp import api
 
-    with progress_bar() as progress:
+    with _working(as_json) as progress:
         result = api.profile(
             model, baseline, target=target, data=data, threads=threads, repeat=repeat, seconds=seconds, seed=seed,
-            shapes=_shapes(inputs), progress=progress,
+            shapes=shapes(inputs), progress=progress,
         )  # fmt: skip
     cli_render.profile(result, as_json)
 
@@ -162,10 +174,11 @@ def compare(
     """Compare the outputs and layers of two models on data."""
     from onnxcomp import api
 
-    with progress_bar() as progress:
+    _warn_of_random(data)
+    with _working(as_json) as progress:
         fidelity = api.compare(
             reference, other, data=data, metric=metric, target=target, samples=samples, threads=threads, seed=seed,
-            shapes=_shapes(inputs), progress=progress,
+            shapes=shapes(inputs), progress=progress,
         )  # fmt: skip
     cli_render.fidelity(fidelity, as_json)
     _gate(fidelity, max_drop, min_sqnr)
@@ -186,6 +199,7 @@ def compress(
     threads: Threads = 1,
     inputs: Inputs = None,
     check: CheckLevel = "graph",
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency and memory.")] = True,
     repeat: Rounds = 50,
     seconds: Seconds = 60.0,
     max_drop: MaxDrop = None,
@@ -197,24 +211,26 @@ def compress(
     from onnxcomp import api
     from onnxcomp.report import to_json
 
+    gated = max_drop is not None or min_sqnr is not None
+    if gated and data is None and eval_data is None:
+        raise RecipeError("--max-drop and --min-sqnr need evaluation data; give some with --data or --eval-data")
     if dry_run:
-        with progress_bar() as progress:
+        _warn_of_random(data)
+        with _working(as_json) as progress:
             result = api.rewrite(
                 model, None, recipe=recipe, target=target, data=data, samples=samples, seed=seed,
-                shapes=_shapes(inputs), check=_check(check), progress=progress,
+                shapes=shapes(inputs), check=check_level(check), half=eval_data is None, progress=progress,
             )  # fmt: skip
         cli_render.rewrite_result(result, as_json)
         return
-    with progress_bar() as progress:
+    with _working(as_json) as progress:
         report = api.compress(
             model, output, recipe=recipe, target=target, data=data, eval_data=eval_data, metric=metric,
-            samples=samples, eval_samples=eval_samples, seed=seed, threads=threads, shapes=_shapes(inputs),
-            check=_check(check), repeat=repeat, seconds=seconds, progress=progress,
+            samples=samples, eval_samples=eval_samples, seed=seed, threads=threads, shapes=shapes(inputs),
+            check=check_level(check), measure=measure, repeat=repeat, seconds=seconds, progress=progress,
         )  # fmt: skip
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
-    if max_drop is not None or min_sqnr is not None:
-        if report.fidelity is None:
-            raise RecipeError("--max-drop and --min-sqnr need evaluation data; give some with --data or --eval-data")
+    if gated:
         _gate(report.fidelity, max_drop, min_sqnr)
 
 
@@ -255,18 +271,27 @@ def _options(
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """A progress bar on stderr as long as the block runs; None where stderr is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    from rich import progress as bars
+def _working(as_json: bool) -> Iterator[Progress | None]:
+    """Yields what tells progress: a bar on stderr as long as the block runs, None where stderr is no terminal.
 
-    with bars.Progress(
-        bars.SpinnerColumn(), bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(), console=console, transient=True,
-    ) as shown:  # fmt: skip
+    With `as_json`, whatever is printed inside (by a user's data function, by torch) goes to stderr.
+    """
+    with ExitStack() as stack:
+        if as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        if not sys.stderr.isatty():  # what rich asks can be overruled by the environment
+            yield None
+            return
+        from rich import progress as bars
+        from rich.console import Console
+
+        shown = stack.enter_context(
+            bars.Progress(
+                bars.SpinnerColumn(), bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
+                bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), console=Console(stderr=True),
+                transient=True,
+            )
+        )  # fmt: skip
         task = shown.add_task("", total=None)
 
         def told(text: str, done: int, total: int | None) -> None:
@@ -275,38 +300,9 @@ def progress_bar() -> Iterator[Progress | None]:
         yield told
 
 
-def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:
-    if not texts:
-        return None
-    shapes = {}
-    for text in texts:
-        name, _, dims = text.rpartition("=")
-        try:
-            shape = tuple(int(d) for d in dims.split("x"))
-        except ValueError:
-            shape = ()
-        if not name or not shape or min(shape) < 1:
-            raise RecipeError(f"--input {text!r} is not of the form name=1x3x224x224")
-        shapes[name] = shape
-    return shapes
-
-
-def _selector(texts: list[str]) -> Any:
-    from onnxcomp.select import Select
-
-    lists: dict[str, list[str]] = {"op": [], "name": [], "module": [], "skip": []}
-    for text in texts:
-        key, _, pattern = text.partition("=")
-        if key not in lists or not pattern:
-            raise RecipeError(f"--select {text!r} is not of the form op=, name=, module= or skip= and a pattern")
-        lists[key].append(pattern)
-    return Select(**{k: tuple(v) for k, v in lists.items()})
-
-
-def _check(text: str) -> Any:
-    if text not in ("none", "graph", "numeric"):
-        raise RecipeError(f"--check {text!r} is none of none, graph, numeric")
-    return text
+def _warn_of_random(data: str | None) -> None:
+    if data == "random":
+        typer.echo("warning: random data: ranges and fidelity say nothing about real inputs", err=True)
 
 
 def _gate(fidelity: Any, max_drop: float | None, min_sqnr: float | None) -> None:
@@ -314,23 +310,39 @@ def _gate(fidelity: Any, max_drop: float | None, min_sqnr: float | None) -> None
         drop = fidelity.drop()
         if drop is None:
             raise RecipeError("--max-drop needs --metric, or an output with class scores; use --min-sqnr instead")
+        if fidelity.non_finite:
+            names = ", ".join(fidelity.non_finite)
+            typer.echo(f"gate failed: NaN or infinity in outputs where the original has none: {names}", err=True)
+            raise typer.Exit(3)
         if drop > max_drop:
-            typer.echo(f"gate failed: fidelity fell by {drop:.4f}, more than --max-drop {max_drop}", err=True)
+            what = "the metric" if fidelity.metric else "top-1 agreement"
+            typer.echo(f"gate failed: {what} fell by {drop:.4f}, more than --max-drop {max_drop}", err=True)
             raise typer.Exit(3)
     if min_sqnr is not None and fidelity.worst_sqnr < min_sqnr:
         typer.echo(f"gate failed: SQNR is {fidelity.worst_sqnr:.1f} dB, below --min-sqnr {min_sqnr}", err=True)
         raise typer.Exit(3)
 
 
+class _InterruptedError(BaseException):
+    """Ctrl-C or a request to end; typer would turn KeyboardInterrupt into an exit of its own."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _InterruptedError(number)
+
+
 def main() -> None:
     """Runs the command line and turns errors into messages and exit codes."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
-    except OnnxcompError as error:
-        if os.environ.get("ONNXCOMP_DEBUG"):
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+    except _InterruptedError as interrupted:
         typer.echo("interrupted: nothing was written", err=True)
-        sys.exit(130)
+        sys.exit(128 + interrupted.args[0])
+    except (OnnxcompError, OSError, MemoryError) as error:
+        if os.environ.get("ONNXCOMP_DEBUG"):
+            traceback.print_exc()
+        typer.echo(f"error: {cli_render.message(error)}", err=True)
+        sys.exit(2)

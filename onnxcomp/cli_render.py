@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pydantic_core
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
     from onnxcomp.target import Artifact
 
 
+def message(error: BaseException) -> str:
+    """The text of an error, without control characters that a name in a model may hold."""
+    return "\n".join(map(_printable, str(error).splitlines())) or type(error).__name__
+
+
 def show(value: Any, as_json: bool) -> None:
     """Prints a dataclass."""
     if as_json:
         _json(value)
         return
-    for name, item in vars(value).items() if hasattr(value, "__dict__") else ():
-        Console().print(Text(f"{name}: {item}"))
+    for name, item in vars(value).items():
+        _print(f"{name}: {item}")
 
 
 def names(found: Mapping[str, str], as_json: bool) -> None:
@@ -49,20 +55,22 @@ def inspection(found: Inspection, as_json: bool) -> None:
         return
     size = found.size
     rows = [
+        ("file", f"{found.path} ({_size(found.file_bytes)})"),
         ("opset", str(found.opset)),
         ("producer", found.producer),
         *((f"input {k}", v) for k, v in found.inputs.items()),
         *((f"output {k}", v) for k, v in found.outputs.items()),
+        ("dynamic", ", ".join(f"{k} axis {a}" for k, axes in found.dynamic.items() for a in axes) or "nothing"),
         ("nodes", str(size.nodes)),
         ("parameters", f"{size.parameters:,}"),
-        ("weights", f"{size.weight_bytes / 1e6:.2f} MB"),
+        ("weights", _size(size.weight_bytes)),
         ("multiply-accumulates", f"{size.macs:,}" if size.macs else "unknown; fix shapes with --input"),
         ("ops", ", ".join(f"{k} {v}" for k, v in size.ops.items())),
     ]
     _table(("", ""), rows)
     if found.selected is not None:
         _table(("node", "op", "module"), list(found.selected))
-        Console().print(f"{len(found.selected)} nodes selected")
+        _print(f"{len(found.selected)} of {size.nodes} nodes selected")
 
 
 def rewrite_result(result: RewriteResult, as_json: bool) -> None:
@@ -72,9 +80,9 @@ def rewrite_result(result: RewriteResult, as_json: bool) -> None:
         return
     for step in result.passes:
         refused = [e for e in step.edits if e.action == "refused"]
-        Console().print(Text(f"{step.name}: {step.applied} applied, {len(refused)} refused, {step.seconds:.1f} s"))
+        _print(f"{step.name}: {step.applied} applied, {len(refused)} refused, {step.seconds:.1f} s")
         _table(("", "node", "op", "what"), [(e.action, e.node, e.op_type, e.detail) for e in step.edits])
-    Console().print(Text(f"wrote {result.path}" if result.path else "dry run: nothing was written"))
+    _print(f"wrote {result.path}" if result.path else "dry run: nothing was written")
 
 
 def artifact(found: Artifact, as_json: bool) -> None:
@@ -87,7 +95,7 @@ def artifact(found: Artifact, as_json: bool) -> None:
         ("node", "op", "executed as", "MACs", "note"),
         [(r.node, r.op_type, r.executed_as or "?", f"{r.macs:,}", r.reason) for r in rows],
     )
-    Console().print(Text(f"{found.audit.integer_mac_share:.1%} of MACs run on integers; artifact in {found.path}"))
+    _print(f"{found.audit.integer_mac_share:.1%} of MACs run on integers; artifact in {found.path}")
 
 
 def profile(found: Profile, as_json: bool) -> None:
@@ -104,11 +112,11 @@ def profile(found: Profile, as_json: bool) -> None:
     )
     if found.ratio:
         r = found.ratio
-        Console().print(
+        _print(
             f"model / baseline: {r.median:.3f} "
             f"({r.confidence:.0%} interval {r.low:.3f}-{r.high:.3f}, {r.rounds} rounds)"
         )
-    Console().print(f"peak memory {found.peak_memory / 1e6:.0f} MB; {found.threads} thread(s) on {found.target}")
+    _print(f"peak memory {_size(found.peak_memory)}; {found.threads} thread(s) on {found.target}")
     slowest = sorted(found.node_times, key=lambda n: -n.microseconds)[:10]
     _table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])
 
@@ -126,11 +134,11 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
         ],
     )
     for name, value in found.metric.items():
-        Console().print(Text(f"{name}: {found.reference_metric[name]:.4f} -> {value:.4f}"))
+        _print(f"{name}: {found.reference_metric[name]:.4f} -> {value:.4f}")
     worst = sorted(found.layers, key=lambda layer: layer.sqnr)[:10]
     if worst:
         _table(("worst layers", "op", "SQNR dB"), [(w.node, w.op_type, f"{w.sqnr:.1f}") for w in worst])
-    Console().print(Text(f"{found.samples} samples of {found.data}"))
+    _print(f"{found.samples} samples of {found.data}")
 
 
 def _optional(value: float | None) -> str:
@@ -140,11 +148,33 @@ def _optional(value: float | None) -> str:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*titles, box=None, pad_edge=False, show_header=any(titles))
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(_printable(str(cell)), overflow="fold") for cell in row))
+    _console().print(table)
+
+
+def _print(text: str) -> None:
+    _console().print(Text(_printable(text)), soft_wrap=True)
+
+
+def _console() -> Console:
+    """Lines are broken for a terminal only: what reads a pipe wants one row a line."""
+    return Console() if sys.stdout.isatty() else Console(width=10_000, color_system=None)
+
+
+def _printable(text: str) -> str:
+    from onnxcomp.templates.format import printable
+
+    return printable(text)
+
+
+def _size(value: float) -> str:
+    from onnxcomp.templates.format import size
+
+    return size(value)
 
 
 def _json(value: Any) -> None:
     from onnxcomp.report import plain
 
-    print(pydantic_core.to_json(plain(value), indent=2).decode())
+    sys.stdout.write(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+    sys.stdout.flush()  # here, where the command line knows what to do when nobody reads it

@@ -95,7 +95,7 @@ def _digest(feed: Feed) -> bytes:
     for name in sorted(feed):
         array = np.asarray(feed[name])
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).data)
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
     return digest.digest()
 
 
@@ -103,9 +103,10 @@ def load_data(source: Source, inputs: Sequence[TensorSpec], *, seed: int = 0) ->
     """Opens sample data.
 
     Args:
-        source: One of: a `.npz` file, one array an input (first axis: samples; a scalar goes into every feed); a folder of `.npz` files (one feed each), of `.npy` files (one array an input, named as the
-            input), or of ONNX `test_data_set_*` folders; such a `test_data_set_*` folder; `module:function`, which
-            returns an iterable of feeds; `random`, for smoke tests; a callable or a re-iterable of feeds.
+        source: One of: a `.npz` file, one array an input (first axis: samples; a scalar input goes into every feed); a
+            folder of such `.npz` files, of `.npy` files (one array an input, named as the input), or of ONNX
+            `test_data_set_*` folders; such a `test_data_set_*` folder; `module:function`, which returns an iterable of
+            feeds; `random`, for smoke tests; a callable or a re-iterable of feeds.
         inputs: The model's inputs.
         seed: For `random`.
 

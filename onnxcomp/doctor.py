@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from onnxcomp import native
-from onnxcomp.errors import OnnxcompError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,8 @@ def environment() -> dict[str, str]:
 
 def diagnose() -> list[Diagnosis]:
     """Looks at everything."""
-    checks = [_core(name) for name in _CORE]
+    checks = [Diagnosis(name="python", state="ok", value=platform.python_version())]
+    checks += [_core(name) for name in _CORE]
     checks.append(_runtime())
     checks += _machine()
     for name, fix in _OPTIONAL.items():
@@ -98,8 +98,10 @@ def _machine() -> list[Diagnosis]:
 
         providers = onnxruntime().get_available_providers()
         found = capabilities("ort-cpu")
-    except OnnxcompError as error:
-        return [*checks, Diagnosis(name="execution providers", state="broken", value="", fix=str(error))]
+    except Exception as error:  # a package of which half was removed may raise anything
+        fix = "pip install --force-reinstall --no-deps onnxruntime"
+        value = f"onnxruntime does not work: {error}"
+        return [*checks, Diagnosis(name="execution providers", state="broken", value=value, fix=fix)]
     checks.append(Diagnosis(name="execution providers", state="ok", value=", ".join(providers)))
     dot = "8-bit dot product" if not found.reduce_range else "no 8-bit dot product: weights are quantized to 7 bits"
     checks.append(Diagnosis(name="CPU features", state="ok", value=", ".join(found.features) + f" ({dot})"))

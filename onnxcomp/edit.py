@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import GraphError
+from onnxcomp.select import SCOPES
 from onnxcomp.target import Array
 
 
@@ -65,7 +66,7 @@ class Editor:
             The output.
         """
         node = self._node(op_type, inputs, name, attributes, like, dtype)
-        node.metadata_props.update(anchor.metadata_props)
+        _inherit(node, anchor)
         self.graph.insert_before(anchor, node)
         return node.outputs[0]
 
@@ -90,7 +91,7 @@ class Editor:
             else:
                 self.graph.insert_before(first, node)
         else:
-            node.metadata_props.update(producer.metadata_props)
+            _inherit(node, producer)
             self.graph.insert_after(producer, node)
         return node.outputs[0]
 
@@ -115,6 +116,12 @@ class Editor:
             if kind is not None:
                 output.dtype = kind
         return ir.node(op_type, inputs, attributes, outputs=[output], name=_unique(name, self._nodes))
+
+
+def _inherit(node: ir.Node, source: ir.Node) -> None:
+    """Keeps the PyTorch module path, so that selectors find the node; other notes would only add bytes."""
+    if (scopes := source.metadata_props.get(SCOPES)) is not None:
+        node.metadata_props[SCOPES] = scopes
 
 
 def _unique(name: str, taken: set[str | None]) -> str:
@@ -166,6 +173,8 @@ def bypass(node: ir.Node, source: ir.Value | None = None, *, rename: bool = Fals
     node.graph.remove(node, safe=True)
     if is_output or rename:
         source.name = name
+        source.type = output.type if source.type is None else source.type  # a graph output has to have one
+        source.shape = output.shape if source.shape is None else source.shape
 
 
 def replace_output(value: ir.Value, replacement: ir.Value) -> None:

@@ -67,7 +67,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs
-        raise GraphError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+        raise GraphError(f"{path} is not a valid ONNX model: {_first_line(_cause(error))}") from error
     if not model.graph.outputs:
         raise GraphError(f"{path} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
     _check_external_data(model, path)
@@ -109,11 +109,11 @@ def _save_external(model: ir.Model, temporary: Path, path: Path) -> None:
     new = next(name for name in names if name not in old)
     ir.save(model, temporary, external_data=new)
     data = path.with_name(new)
-    os.replace(temporary.with_name(new), data)
     try:
+        os.replace(temporary.with_name(new), data)
         os.replace(temporary, path)
     except BaseException:
-        data.unlink()
+        data.unlink(missing_ok=True)
         raise
     for name in set(names) & old:
         path.with_name(name).unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def _in_memory(model: ir.Model) -> Iterator[None]:
             value.const_value = tensor
 
 
-def _loaded(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _loaded(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     array = tensor.numpy().copy()
     tensor.release()
     return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
@@ -192,7 +192,7 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
             if len(value.shape) != len(shape):
                 raise GraphError(f"input {name!r} has {len(value.shape)} dimensions, not {len(shape)}")
             for axis, (old, new) in enumerate(zip(value.shape, shape, strict=True)):
-                if isinstance(old, int) and old != new:
+                if isinstance(_size(old), int) and old != new:
                     raise GraphError(f"input {name!r} has a fixed dimension {old} on axis {axis}, not {new}")
         value.shape = ir.Shape(shape)
     for value in _inner_values(model.graph):
@@ -261,14 +261,14 @@ def _inner_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as protobuf with every larger weight replaced by an input, which is all that the checker looks at."""
+    """The model as protobuf, with every weight that is large or on disk turned into an input: enough to check."""
     functions = [ir.to_proto(f) for f in model.functions.values()]
     graph = onnx.GraphProto()
     keep: list[tuple[ir.Value, ir.TensorProtocol]] = []
     try:
         for value in initializers(model):
             tensor = value.const_value
-            if tensor is not None and tensor.nbytes > 4096:
+            if tensor is not None and (tensor.nbytes > 4096 or isinstance(tensor, ir.ExternalTensor)):
                 keep.append((value, tensor))
                 value.const_value = ir.tensor([0.0], name=tensor.name)
         graph = ir.to_proto(model.graph)
@@ -287,6 +287,12 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
             for v in gone
             if v.name not in names and v.const_value is not None
         )
+    for value in (*graph.input, *graph.output):
+        # The checker wants a type with a shape, which runtimes do without; an unknown one is no fault of the graph.
+        if value.type.WhichOneof("value") in (None, "tensor_type"):
+            tensor_type = value.type.tensor_type
+            tensor_type.elem_type = tensor_type.elem_type or onnx.TensorProto.FLOAT
+            tensor_type.shape.SetInParent()
     return onnx.ModelProto(
         ir_version=model.ir_version,
         graph=graph,
@@ -349,6 +355,13 @@ def _embed_attributes(model: ir.Model) -> None:
         node.attributes[name] = ir.AttrTensor(name, _loaded(tensor))
 
 
+def _cause(error: BaseException) -> BaseException:
+    """The deepest cause: what is raised last only says where."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -360,8 +373,15 @@ def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
         TensorSpec(
             name=value.name or "",
             dtype=np.dtype(np.float32 if value.dtype is None else value.dtype.numpy()),
-            shape=None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape),
+            shape=None if value.shape is None else tuple(_size(d) for d in value.shape),
         )
         for value in model.graph.inputs
         if not value.is_initializer() and value.name not in state
     )
+
+
+def _size(dim: int | ir.SymbolicDim) -> int | str | None:
+    """Size of a dimension; its name or None if it is open, as is -1 to some exporters."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    return dim.value

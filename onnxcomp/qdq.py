@@ -7,6 +7,7 @@ where runtimes look for it when they pick an integer kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,10 @@ def quantize_weight(editor: Editor, value: ir.Value, weight: Array, grid: Grid, 
     """
     name = value.name or "weight"
     integers = editor.weight(f"{name}_q", grid.quantize(weight))
-    return _dequantize(editor, name, integers, grid.scale, grid.zero_point, grid.axis, value, anchor)
+    zero_point = editor.weight(f"{name}_zero_point", grid.zero_point)
+    return _dequantize(
+        editor, name, [integers, editor.weight(f"{name}_scale", grid.scale), zero_point], grid.axis, value, anchor
+    )
 
 
 def quantize_bias(editor: Editor, value: ir.Value, bias: Array, scale: Array, anchor: ir.Node) -> ir.Value:
@@ -58,9 +62,10 @@ def quantize_bias(editor: Editor, value: ir.Value, bias: Array, scale: Array, an
     """
     name = value.name or "bias"
     integers = editor.weight(f"{name}_q", bias_integers(bias, scale))
-    zero_point = np.zeros(scale.shape, np.int32)
-    axis = 0 if scale.ndim else None
-    return _dequantize(editor, name, integers, scale, zero_point, axis, value, anchor)
+    # No zero point: it is 0 by default, and four bytes a channel in the file otherwise.
+    return _dequantize(
+        editor, name, [integers, editor.weight(f"{name}_scale", scale)], 0 if scale.ndim else None, value, anchor
+    )
 
 
 def bias_integers(bias: Array, scale: Array) -> Array:
@@ -71,9 +76,7 @@ def bias_integers(bias: Array, scale: Array) -> Array:
 def _dequantize(
     editor: Editor,
     name: str,
-    integers: ir.Value,
-    scale: Array,
-    zero_point: Array,
+    inputs: Sequence[ir.Value],
     axis: int | None,
     like: ir.Value,
     anchor: ir.Node,
@@ -81,7 +84,7 @@ def _dequantize(
     return editor.before(
         anchor,
         "DequantizeLinear",
-        [integers, editor.weight(f"{name}_scale", scale), editor.weight(f"{name}_zero_point", zero_point)],
+        inputs,
         name=f"{name}_dq",
         attributes={"axis": axis} if axis is not None else None,
         like=like,

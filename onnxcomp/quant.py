@@ -90,13 +90,11 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
         A grid in which 0.0 is exact.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    levels = 2**bits - 1
-    if symmetric:
-        half = max(-low, high)
-        low, high = -half, half * (levels - 2 ** (bits - 1)) / 2 ** (bits - 1)
+    levels, middle = 2**bits - 1, 2 ** (bits - 1)
+    step = max(-low / middle, high / (levels - middle)) if symmetric else (high - low) / levels
     # A scale below the smallest normal float32 would overflow in 1/scale; such a tensor is all zero to the runtime.
-    scale = np.float32(max((high - low) / levels, float(np.finfo(np.float32).tiny)))
-    zero_point = 2 ** (bits - 1) if symmetric else int(np.clip(np.rint(-low / scale), 0, levels))
+    scale = np.float32(max(step, float(np.finfo(np.float32).tiny)))
+    zero_point = middle if symmetric else int(np.clip(np.rint(-low / scale), 0, levels))
     return Grid(
         scale=np.asarray(scale, np.float32),
         zero_point=np.asarray(zero_point, np.uint8),

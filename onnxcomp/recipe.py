@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def parse_recipe(text: str, *, name: str = "recipe", where: str = "recipe") -> R
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{where} is not valid TOML: {error}") from error
     for key in table:
         if key not in _KEYS:
@@ -133,8 +133,8 @@ def _complaint(where: str, name: str, kind: type[Pass], error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = kind
         for part in location[:-1]:
-            owner = {f.name: f.default for f in fields(owner)}.get(part, owner)
-        allowed = sorted(f.name for f in fields(owner))
+            name, owner = part, {f.name: f.default for f in fields(owner)}.get(part)
+        allowed = sorted(f.name for f in fields(owner)) if is_dataclass(owner) else []
         path = ".".join([where, *location[:-1]])
         return f"{path}: unknown key {location[-1]!r}; {name} has {allowed}"
     return f"{'.'.join([where, *location])}: {error['msg']} (got {error['input']!r})"

@@ -104,12 +104,14 @@ class Pass(ABC):
         name: Name in recipes and in the entry point group `onnxcomp.passes`.
         summary: One line for `onnxcomp list passes`.
         min_opset: Opset of the default domain that the pass writes; an older model is converted before the pass runs.
+        selective: A selector that takes no node leaves the graph as it is; False for a pass that tidies all of it.
         where: The nodes it may touch.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     min_opset: ClassVar[int] = 1
+    selective: ClassVar[bool] = True
     # Read by pydantic when a recipe is validated: a key that is no field is an error, and "4" is not 4.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 

@@ -13,7 +13,8 @@ from pydantic import BeforeValidator
 
 from onnxcomp.errors import RecipeError
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which the dynamo exporter records module paths."""
 
 
 def _tuple(value: Any) -> Any:
@@ -49,6 +50,8 @@ class Select:
     skip: Patterns = ()
 
     def __post_init__(self) -> None:
+        for name in ("op", "name", "module", "skip"):
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
         for pattern in (*self.op, *self.name, *self.module, *self.skip):
             if pattern.startswith("re:"):
                 try:
@@ -80,7 +83,7 @@ def _fits(pattern: str, text: str) -> bool:
 
 def module_paths(node: ir.Node) -> tuple[str, ...]:
     """Paths of the PyTorch modules that a node comes from, outermost first; empty if the exporter left none."""
-    text = node.metadata_props.get(_SCOPES)
+    text = node.metadata_props.get(SCOPES)
     if not text:
         return ()
     try:

@@ -114,7 +114,8 @@ class Histogram(Observer):
             return
         self._widen(float(nonzero.min()), float(nonzero.max()))
         assert self._exponent is not None
-        index = np.floor(np.ldexp(nonzero, -self._exponent)).astype(np.int64)
+        # In double precision: a small negative number must not underflow to -0.0, which lies in another bin.
+        index = np.floor(np.ldexp(nonzero.astype(np.float64), -self._exponent)).astype(np.int64)
         self._add(int(index.min()), np.bincount(index - index.min(), weights))
 
     @override
@@ -131,10 +132,8 @@ class Histogram(Observer):
             return
         low = other._first * other.width
         high = (other._first + len(other._counts)) * other.width
-        self._widen(low, np.nextafter(high, -np.inf))
+        self._widen(low, np.nextafter(high, -np.inf), other._exponent)
         assert self._exponent is not None
-        if other._exponent > self._exponent:
-            self._coarsen(other._exponent)
         first, counts = other._first, other._counts
         for _ in range(self._exponent - other._exponent):
             first, counts = _halve(first, counts)
@@ -151,14 +150,15 @@ class Histogram(Observer):
         i = min(int(np.searchsorted(cumulative, q * self.count)), len(centers) - 1)
         return float(np.clip(centers[i], self.min, self.max))
 
-    def _widen(self, low: float, high: float) -> None:
-        """Makes the bins wide enough for `[low, high]` together with what is there."""
+    def _widen(self, low: float, high: float, at_least: int = -(1 << 16)) -> None:
+        """Makes the bins wide enough for `[low, high]` together with what is there; `min` and `max` know both."""
         if self._exponent is not None:
             low = min(low, self._first * self.width)
             high = max(high, np.nextafter((self._first + len(self._counts)) * self.width, -np.inf))
         # No finer than 2**-20 of the largest magnitude: float32 data has no more to say, and indices stay small.
-        finest = int(np.ceil(np.log2(max(abs(low), abs(high), 1e-300)))) - 20
-        exponent = finest if self._exponent is None else max(finest, self._exponent)
+        # Taken from the values and not from the edges of bins, since those depend on the width so far.
+        finest = int(np.ceil(np.log2(max(abs(self.min), abs(self.max), 1e-300)))) - 20
+        exponent = max(finest, at_least if self._exponent is None else max(self._exponent, at_least))
         while np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent)) + 1 > self.bins:
             exponent += 1
         self._coarsen(exponent)

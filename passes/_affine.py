@@ -140,5 +140,7 @@ def _store(editor: Editor, conv: ir.Node, weight: Array, bias: Array) -> None:
     assert old is not None
     conv.replace_input_with(1, editor.weight(f"{old.name}_folded", weight.astype(np.float32)))
     if len(conv.inputs) < 3:
+        if not bias.any():
+            return
         conv.resize_inputs(3)
     conv.replace_input_with(2, editor.weight(f"{conv.name}_bias", bias.astype(np.float32)))

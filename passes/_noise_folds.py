@@ -174,8 +174,9 @@ def _match(tensor: QuantizedTensor) -> _Attention | None:
         whole &= node.op_type not in _PARTS
         value = _data(node)
     bias = _bias_of(node, value)
-    if bias is None or node is None:
+    if bias is None or node is None or (whole and not _read_once(value)):
         return None
+    path.append(value)
     return _Attention(tensor=tensor, bias=bias, projected=value, path=tuple(path), weights=weights)
 
 

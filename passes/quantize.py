@@ -91,7 +91,8 @@ class Quantize(Pass):
                 edits.append(applied(pair.folded, "dropped: the quantizer behind it saturates at the same values"))
                 bypass(pair.folded)
             _insert(editor, value, pair, grids[value])
-        IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
+        if todo.pairs:
+            IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
     def _grid(self, context: Context, observed: str, unsigned: bool) -> Grid:

@@ -109,13 +109,16 @@ def _words() -> list[str]:
 
 @cache
 def _fonts() -> list[str]:
-    """DejaVu faces that come with matplotlib."""
-    import matplotlib
-
+    """DejaVu faces that come with matplotlib; without it one empty name, which stands for Pillow's own font."""
+    try:
+        import matplotlib
+    except ImportError:
+        return [""]
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    return sorted(str(f) for f in folder.glob("DejaVu*.ttf") if "Display" not in f.name)
+    return sorted(str(f) for f in folder.glob("DejaVu*.ttf") if "Display" not in f.name) or [""]
 
 
 @cache
-def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_fonts()[index], size)
+def _font(index: int, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    name = _fonts()[index]
+    return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)

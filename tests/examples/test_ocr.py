@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+
 from examples.assets import ocr_model
 from examples.ocr.words import calibration, decode, samples
-
 from onnxcomp.model import load
 from onnxcomp.targets.ort import reference_runner
 

@@ -16,7 +16,6 @@ import pytest
 from onnxcomp import native
 from onnxcomp.errors import CompileError, DataError, DeviceError, RecipeError, TargetError, UnsupportedError
 from onnxcomp.targets.ort import OrtCpu
-from onnxcomp.targets.ort import compile as compile_module
 from onnxcomp.targets.ort.profiling import summarize
 
 
