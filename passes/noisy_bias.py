@@ -20,6 +20,8 @@ from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
 from onnxcomp.stats import Observer, RowSample
 from onnxcomp.target import Array
 
+_TREATED = "onnxcomp.noisy_bias"  # metadata of a QuantizeLinear for whose input a noise was searched
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -89,6 +91,7 @@ class NoisyBias(Pass):
         if zeros > self.max_zeros:
             return refused(node, f"{zeros:.0%} of its input are exact zeros, which noise would move off the grid")
         weights = [_matrix(reader) for reader in site.readers]
+        site.tensor.quantize.metadata_props[_TREATED] = self.method
         noise = find_noise(rows, np.concatenate(weights, axis=1), site.tensor.grid, self.method, context.seed)
         if noise.ratio > 1.0 - self.min_gain:
             return refused(node, f"no noise lowers the held-out output error by {self.min_gain:.0%}")
@@ -113,6 +116,9 @@ class NoisyBias(Pass):
                 continue
             readers = users(pair.outputs[0])
             if not readers or not any(self.where(r) for r in readers):
+                continue
+            if _TREATED in quantizer.metadata_props:
+                edits.append(refused(readers[0], "a noise was searched for its input already"))
                 continue
             unfit = next((r for r in readers if not _is_linear(model, r)), None)
             if unfit is None:

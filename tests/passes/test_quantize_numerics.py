@@ -269,6 +269,20 @@ def test_convs_that_are_no_patch_embedding(attributes, size, b, run_passes, outp
     np.testing.assert_allclose(outputs(model, feed)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [["Add", "Mul"], ["Sub", "Div", "Add", "Mul"]])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_shift_in_front_of_a_scale_is_scaled(before, group, b, run_passes, outputs):
+    y = b.input("x", [1, 4, 6, 6])
+    for op in before:
+        y = b.op(op, y, b.const(b.rng.uniform(2, 3, (1, 4, 1, 1)).astype(np.float32)))
+    model = b.output(b.op("Conv", y, b.floats(4, 4 // group, 3, 3), name="conv", group=group)).model()
+    feed = {"x": np.random.default_rng(0).normal(size=(1, 4, 6, 6)).astype(np.float32)}
+    expected = outputs(model, feed)[0]
+    run_passes(model, Cleanup())
+    assert [n.op_type for n in model.graph] == ["Conv"]
+    np.testing.assert_allclose(outputs(model, feed)[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 def test_zero_bias_is_not_added(b, run_passes):
     model = b.output(b.op("Mul", b.op("Conv", b.input("x", [1, 4, 5, 5]), b.floats(4, 4, 1, 1)), b.floats(4, 1, 1)))
     cleaned = model.model()
