@@ -38,7 +38,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyBias(Pass):
-    """Adds NoisyQuant's bias to the quantized inputs of MatMul and Gemm, after `quantize` (METHOD: arXiv 2211.16056).
+    """Adds NoisyQuant's bias (Liu et al., arXiv 2211.16056) to quantized inputs of MatMul and Gemm, after `quantize`.
 
     Where the input comes from a LayerNormalization or an Add of a constant, the bias is folded there; where it is
     attention-weighted values, it is folded into the bias of the value projection, since rows of a softmax sum to one.
