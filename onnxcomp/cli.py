@@ -10,41 +10,46 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from onnxcomp import __version__, cli_render
+from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
-    CheckLevel,
+    Calibrate,
     DataSource,
     DryRun,
+    EvalData,
+    EvalSamples,
+    Exact,
+    Feeds,
     Inputs,
     Json,
-    MaxDrop,
+    Measure,
+    MeasureToo,
     MetricName,
-    MinSqnr,
     Model,
+    OneFeed,
     Output,
-    RecipeName,
-    Rounds,
-    Samples,
-    Seconds,
+    OutputFile,
+    OutputFolder,
+    Rewriting,
+    SameSqnr,
     Seed,
+    Selectors,
+    SomeSamples,
     TargetName,
     Threads,
+    Timing,
     Tolerance,
+    grouped,
     selector,
     shapes,
 )
-from onnxcomp.cli_options import check as check_level
+from onnxcomp.cli_render import working
 from onnxcomp.errors import OnnxcompError, RecipeError
-
-if TYPE_CHECKING:
-    from onnxcomp.rewrite import Progress
 
 app = typer.Typer(
     name="onnxcomp",
@@ -69,7 +74,7 @@ def export(
     """Export a torch module with the dynamo exporter and check it against torch."""
     from onnxcomp import api
 
-    with _working(as_json):
+    with working(as_json):
         result = api.export(
             factory, output, opset=opset, dynamic_batch=dynamic_batch, check=check, rtol=rtol, atol=atol
         )
@@ -77,14 +82,7 @@ def export(
 
 
 @app.command()
-def inspect(
-    model: Model,
-    select: Annotated[
-        list[str] | None, typer.Option("--select", help="op=, name=, module= or skip= and a pattern. May be repeated.")
-    ] = None,
-    inputs: Inputs = None,
-    as_json: Json = False,
-) -> None:
+def inspect(model: Model, select: Selectors = None, inputs: Inputs = None, as_json: Json = False) -> None:
     """Show what a model is made of, and which nodes a selector takes."""
     from onnxcomp import api
 
@@ -93,31 +91,60 @@ def inspect(
 
 
 @app.command()
+@grouped
 def rewrite(
     model: Model,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")] = None,
-    recipe: RecipeName = "int8",
-    target: TargetName = "ort-cpu",
-    data: DataSource = None,
-    samples: Samples = 128,
-    seed: Seed = 0,
-    inputs: Inputs = None,
-    check: CheckLevel = "graph",
+    *,
+    output: OutputFile = None,
+    rewriting: Rewriting,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Rewrite a model with a recipe."""
     from onnxcomp import api
 
-    if output is None and not dry_run:
-        raise RecipeError("give the file to write with -o, or --dry-run")
-    _warn_of_random(data)
-    with _working(as_json) as progress:
-        result = api.rewrite(
-            model, None if dry_run else output, recipe=recipe, target=target, data=data, samples=samples, seed=seed,
-            shapes=shapes(inputs), check=check_level(check), progress=progress,
-        )  # fmt: skip
+    _need_output(output, dry_run)
+    _warn_of_random(rewriting.data)
+    with working(as_json) as progress:
+        result = api.rewrite(model, None if dry_run else output, **rewriting.keywords(), progress=progress)
     cli_render.rewrite_result(result, as_json)
+
+
+@app.command()
+@grouped
+def legalize(
+    model: Model,
+    *,
+    output: OutputFile = None,
+    target: TargetName = "ort-cpu",
+    exact: Exact = False,
+    calibrate: Calibrate = False,
+    data: DataSource = None,
+    samples: SomeSamples = 64,
+    seed: Seed = 0,
+    inputs: Inputs = None,
+    min_sqnr: SameSqnr = 30.0,
+    measure: MeasureToo = False,
+    timing: Timing,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Make an int8 model of another tool run in the target's integer kernels, with the outputs that it had."""
+    from onnxcomp import api
+
+    _need_output(output, dry_run)
+    if data is None:
+        typer.echo("warning: no data: the outputs are compared on random inputs; give some with --data", err=True)
+    _warn_of_random(data)
+    with working(as_json) as progress:
+        result = api.legalize(
+            model, None if dry_run else output, target=target, exact=exact, calibrate=calibrate, data=data,
+            samples=samples, seed=seed, shapes=shapes(inputs), min_sqnr=min_sqnr, measure=measure, **timing.keywords(),
+            progress=progress,
+        )  # fmt: skip
+    cli_render.legalization(result, as_json)
+    if not result.accepted:
+        fail(f"SQNR is {result.fidelity.worst_sqnr:.1f} dB, below --min-sqnr {min_sqnr}; nothing was written")
 
 
 @app.command("compile")
@@ -127,20 +154,20 @@ def compile_(
     """Compile a model for a target, and show what really runs there."""
     from onnxcomp import api
 
-    with _working(as_json):
+    with working(as_json):
         result = api.compile(model, output, target=target, shapes=shapes(inputs))
     cli_render.artifact(result, as_json)
 
 
 @app.command()
+@grouped
 def profile(
     model: Annotated[Path, typer.Argument(help="An .onnx file or the folder of an artifact.")],
+    *,
     baseline: Annotated[Path | None, typer.Option("--baseline", help="Measured interleaved with the model.")] = None,
     target: TargetName = "ort-cpu",
-    data: Annotated[str, typer.Option("--data", "-d", help="The first sample is run.")] = "random",
-    threads: Threads = 1,
-    repeat: Rounds = 50,
-    seconds: Seconds = 60.0,
+    data: OneFeed = "random",
+    timing: Timing,
     seed: Seed = 0,
     inputs: Inputs = None,
     as_json: Json = False,
@@ -148,62 +175,56 @@ def profile(
     """Measure latency, memory and time by node on the target."""
     from onnxcomp import api
 
-    with _working(as_json) as progress:
+    with working(as_json) as progress:
         result = api.profile(
-            model, baseline, target=target, data=data, threads=threads, repeat=repeat, seconds=seconds, seed=seed,
-            shapes=shapes(inputs), progress=progress,
+            model, baseline, target=target, data=data, **timing.keywords(), seed=seed, shapes=shapes(inputs),
+            progress=progress,
         )  # fmt: skip
     cli_render.profile(result, as_json)
 
 
 @app.command()
+@grouped
 def compare(
     reference: Annotated[Path, typer.Argument(help="The original.")],
     other: Annotated[Path, typer.Argument(help="The model in question.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="Evaluation data.")],
+    *,
+    data: Feeds,
     metric: MetricName = None,
     target: TargetName = "ort-cpu",
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Most samples to use.")] = None,
+    samples: SomeSamples = None,
     threads: Threads = 1,
     seed: Seed = 0,
     inputs: Inputs = None,
-    max_drop: MaxDrop = None,
-    min_sqnr: MinSqnr = None,
+    gate: Gate,
     as_json: Json = False,
 ) -> None:
     """Compare the outputs and layers of two models on data."""
     from onnxcomp import api
 
     _warn_of_random(data)
-    with _working(as_json) as progress:
+    with working(as_json) as progress:
         fidelity = api.compare(
             reference, other, data=data, metric=metric, target=target, samples=samples, threads=threads, seed=seed,
-            shapes=shapes(inputs), progress=progress,
+            shapes=shapes(inputs), require_drop=gate.max_drop is not None, progress=progress,
         )  # fmt: skip
     cli_render.fidelity(fidelity, as_json)
-    _gate(fidelity, max_drop, min_sqnr)
+    gate.hold(fidelity)
 
 
 @app.command()
+@grouped
 def compress(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.onnx, artifact/ and the report.")],
-    recipe: RecipeName = "int8",
-    target: TargetName = "ort-cpu",
-    data: DataSource = None,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Else --data is split in two.")] = None,
+    output: OutputFolder,
+    *,
+    rewriting: Rewriting,
+    eval_data: EvalData = None,
+    eval_samples: EvalSamples = 256,
     metric: MetricName = None,
-    samples: Samples = 128,
-    eval_samples: Annotated[int, typer.Option("--eval-samples", min=1, help="Most evaluation samples.")] = 256,
-    seed: Seed = 0,
-    threads: Threads = 1,
-    inputs: Inputs = None,
-    check: CheckLevel = "graph",
-    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency and memory.")] = True,
-    repeat: Rounds = 50,
-    seconds: Seconds = 60.0,
-    max_drop: MaxDrop = None,
-    min_sqnr: MinSqnr = None,
+    measure: Measure = True,
+    timing: Timing,
+    gate: Gate,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -211,27 +232,22 @@ def compress(
     from onnxcomp import api
     from onnxcomp.report import to_json
 
-    gated = max_drop is not None or min_sqnr is not None
-    if gated and data is None and eval_data is None:
+    if gate.given() and rewriting.data is None and eval_data is None:
         raise RecipeError("--max-drop and --min-sqnr need evaluation data; give some with --data or --eval-data")
     if dry_run:
-        _warn_of_random(data)
-        with _working(as_json) as progress:
-            result = api.rewrite(
-                model, None, recipe=recipe, target=target, data=data, samples=samples, seed=seed,
-                shapes=shapes(inputs), check=check_level(check), half=eval_data is None, progress=progress,
-            )  # fmt: skip
+        _warn_of_random(rewriting.data)
+        with working(as_json) as progress:
+            result = api.rewrite(model, None, **rewriting.keywords(), half=eval_data is None, progress=progress)
         cli_render.rewrite_result(result, as_json)
         return
-    with _working(as_json) as progress:
+    with working(as_json) as progress:
         report = api.compress(
-            model, output, recipe=recipe, target=target, data=data, eval_data=eval_data, metric=metric,
-            samples=samples, eval_samples=eval_samples, seed=seed, threads=threads, shapes=shapes(inputs),
-            check=check_level(check), measure=measure, repeat=repeat, seconds=seconds, progress=progress,
+            model, output, **rewriting.keywords(), eval_data=eval_data, eval_samples=eval_samples, metric=metric,
+            measure=measure, **timing.keywords(), require_drop=gate.max_drop is not None, progress=progress,
         )  # fmt: skip
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
-    if gated:
-        _gate(report.fidelity, max_drop, min_sqnr)
+    if report.fidelity is not None:
+        gate.hold(report.fidelity)
 
 
 @app.command("list")
@@ -270,57 +286,14 @@ def _options(
 ) -> None: ...
 
 
-@contextmanager
-def _working(as_json: bool) -> Iterator[Progress | None]:
-    """Yields what tells progress: a bar on stderr as long as the block runs, None where stderr is no terminal.
-
-    With `as_json`, whatever is printed inside (by a user's data function, by torch) goes to stderr.
-    """
-    with ExitStack() as stack:
-        if as_json:
-            stack.enter_context(redirect_stdout(sys.stderr))
-        if not sys.stderr.isatty():  # what rich asks can be overruled by the environment
-            yield None
-            return
-        from rich import progress as bars
-        from rich.console import Console
-
-        shown = stack.enter_context(
-            bars.Progress(
-                bars.SpinnerColumn(), bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
-                bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), console=Console(stderr=True),
-                transient=True,
-            )
-        )  # fmt: skip
-        task = shown.add_task("", total=None)
-
-        def told(text: str, done: int, total: int | None) -> None:
-            shown.update(task, description=text, completed=done, total=total)
-
-        yield told
+def _need_output(output: Path | None, dry_run: bool) -> None:
+    if output is None and not dry_run:
+        raise RecipeError("give the file to write with -o, or --dry-run")
 
 
 def _warn_of_random(data: str | None) -> None:
     if data == "random":
         typer.echo("warning: random data: ranges and fidelity say nothing about real inputs", err=True)
-
-
-def _gate(fidelity: Any, max_drop: float | None, min_sqnr: float | None) -> None:
-    if max_drop is not None:
-        drop = fidelity.drop()
-        if drop is None:
-            raise RecipeError("--max-drop needs --metric, or an output with class scores; use --min-sqnr instead")
-        if fidelity.non_finite:
-            names = ", ".join(fidelity.non_finite)
-            typer.echo(f"gate failed: NaN or infinity in outputs where the original has none: {names}", err=True)
-            raise typer.Exit(3)
-        if drop > max_drop:
-            what = "the metric" if fidelity.metric else "top-1 agreement"
-            typer.echo(f"gate failed: {what} fell by {drop:.4f}, more than --max-drop {max_drop}", err=True)
-            raise typer.Exit(3)
-    if min_sqnr is not None and fidelity.worst_sqnr < min_sqnr:
-        typer.echo(f"gate failed: SQNR is {fidelity.worst_sqnr:.1f} dB, below --min-sqnr {min_sqnr}", err=True)
-        raise typer.Exit(3)
 
 
 class _InterruptedError(BaseException):

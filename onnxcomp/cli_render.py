@@ -1,10 +1,11 @@
-"""What the verbs print: tables for people, JSON for machines."""
+"""What the verbs print: tables for people, JSON for machines, and progress meanwhile."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,10 +13,41 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from onnxcomp.api import Inspection, Profile, RewriteResult
+    from onnxcomp.api import Inspection, Legalization, Profile, RewriteResult
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
+    from onnxcomp.profile import Ratio
+    from onnxcomp.rewrite import PassReport, Progress
     from onnxcomp.target import Artifact
+
+
+@contextmanager
+def working(as_json: bool) -> Iterator[Progress | None]:
+    """Yields what tells progress: a bar on stderr as long as the block runs, None where stderr is no terminal.
+
+    With `as_json`, whatever is printed inside (by a user's data function, by torch) goes to stderr.
+    """
+    with ExitStack() as stack:
+        if as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        if not sys.stderr.isatty():  # what rich asks can be overruled by the environment
+            yield None
+            return
+        from rich import progress as bars
+
+        shown = stack.enter_context(
+            bars.Progress(
+                bars.SpinnerColumn(), bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
+                bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), console=Console(stderr=True),
+                transient=True,
+            )
+        )  # fmt: skip
+        task = shown.add_task("", total=None)
+
+        def told(text: str, done: int, total: int | None) -> None:
+            shown.update(task, description=text, completed=done, total=total)
+
+        yield told
 
 
 def message(error: BaseException) -> str:
@@ -78,11 +110,46 @@ def rewrite_result(result: RewriteResult, as_json: bool) -> None:
     if as_json:
         _json({"path": result.path and str(result.path), "before": result.before, "passes": result.passes})
         return
-    for step in result.passes:
+    _passes(result.passes)
+    _print(f"wrote {result.path}" if result.path else "dry run: nothing was written")
+
+
+def legalization(found: Legalization, as_json: bool) -> None:
+    """Prints what was done to a quantized model, and what runs on integers before and after."""
+    audits = {"before": found.before, "after": found.after}
+    if as_json:
+        shares = {name: {"integer_mac_share": audit.integer_mac_share} for name, audit in audits.items()}
+        table = {name: value for name, value in vars(found).items() if name != "model"}
+        _json({**table, **{k: {**vars(audits[k]), **v} for k, v in shares.items()}, "accepted": found.accepted})
+        return
+    _passes(found.passes)
+    for name, audit in audits.items():
+        share = f"{audit.integer_mac_share:.1%}" if any(row.macs for row in audit.rows) else "an unknown share"
+        _print(
+            f"{name}: {sum(row.integer for row in audit.rows)} of {len(audit.rows)} linear nodes run on integers on "
+            f"{found.target}, {share} of MACs; {len(audit.fallbacks)} are quantized and run in float"
+        )
+        if audit.fallbacks:
+            _table(("node", "op", "why in float"), [(r.node, r.op_type, r.reason) for r in audit.fallbacks])
+    _ratio("after / before", found.ratio)
+    same = found.fidelity
+    _print(f"outputs: SQNR {same.worst_sqnr:.1f} dB to those before ({same.samples} samples of {same.data})")
+    if found.accepted:
+        _print(f"wrote {found.path}" if found.path else "dry run: nothing was written")
+
+
+def _passes(reports: Sequence[PassReport]) -> None:
+    for step in reports:
         refused = [e for e in step.edits if e.action == "refused"]
         _print(f"{step.name}: {step.applied} applied, {len(refused)} refused, {step.seconds:.1f} s")
-        _table(("", "node", "op", "what"), [(e.action, e.node, e.op_type, e.detail) for e in step.edits])
-    _print(f"wrote {result.path}" if result.path else "dry run: nothing was written")
+        if step.edits:
+            _table(("", "node", "op", "what"), [(e.action, e.node, e.op_type, e.detail) for e in step.edits])
+
+
+def _ratio(what: str, found: Ratio | None) -> None:
+    if found:
+        interval = f"{found.confidence:.0%} interval {found.low:.3f}-{found.high:.3f}"
+        _print(f"{what}: {found.median:.3f} ({interval}, {found.rounds} rounds)")
 
 
 def artifact(found: Artifact, as_json: bool) -> None:
@@ -110,12 +177,7 @@ def profile(found: Profile, as_json: bool) -> None:
             for k, v in found.latency.items()
         ],
     )
-    if found.ratio:
-        r = found.ratio
-        _print(
-            f"model / baseline: {r.median:.3f} "
-            f"({r.confidence:.0%} interval {r.low:.3f}-{r.high:.3f}, {r.rounds} rounds)"
-        )
+    _ratio("model / baseline", found.ratio)
     _print(f"peak memory {_size(found.peak_memory)}; {found.threads} thread(s) on {found.target}")
     slowest = sorted(found.node_times, key=lambda n: -n.microseconds)[:10]
     _table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])

@@ -182,7 +182,8 @@ def replace_output(value: ir.Value, replacement: ir.Value) -> None:
     graph = value.graph
     assert isinstance(graph, ir.Graph)
     name = value.name
-    value.name, replacement.name = f"{name}_float", name
+    taken = {v.name for v in _values(graph)}
+    value.name, replacement.name = _unique(f"{name}_float", taken), name
     for index, output in enumerate(graph.outputs):
         if output is value:
             graph.outputs[index] = replacement

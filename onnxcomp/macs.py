@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import onnx_ir as ir
 
@@ -25,8 +26,8 @@ def count_macs(node: ir.Node, dims: Mapping[str, int] | int | None = None) -> in
     return 0 if counter is None else counter(node, dims)
 
 
-def _conv(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
-    weight, output = _shape(node, 1, dims), _sizes(node.outputs[0].shape, dims)
+def _conv(node: ir.Node, dims: Mapping[str, int] | int | None, second: int = 1) -> int:
+    weight, output = _shape(node, second, dims), _sizes(node.outputs[0].shape, dims)
     if weight is None or output is None:
         return 0
     return math.prod(output) * math.prod(weight[1:])
@@ -39,15 +40,15 @@ def _conv_transpose(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
     return math.prod(data) * math.prod(weight[1:])
 
 
-def _gemm(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
-    a, b = _shape(node, 0, dims), _shape(node, 1, dims)
+def _gemm(node: ir.Node, dims: Mapping[str, int] | int | None, second: int = 1) -> int:
+    a, b = _shape(node, 0, dims), _shape(node, second, dims)
     if a is None or b is None or len(a) != 2 or len(b) != 2:
         return 0
     return math.prod(a) * (b[0] if _flag(node, "transB") else b[1])
 
 
-def _matmul(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
-    a, b = _shape(node, 0, dims), _shape(node, 1, dims)
+def _matmul(node: ir.Node, dims: Mapping[str, int] | int | None, second: int = 1) -> int:
+    a, b = _shape(node, 0, dims), _shape(node, second, dims)
     if not a or not b:
         return 0
     depth = a[-1]
@@ -70,6 +71,10 @@ _COUNTERS: Mapping[str, MacCounter] = {
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
     "MatMulNBits": _matmul_nbits,
+    # In these a scale and a zero point stand between the two operands.
+    "QGemm": partial(_gemm, second=3),
+    "QLinearConv": partial(_conv, second=3),
+    "QLinearMatMul": partial(_matmul, second=3),
 }
 
 

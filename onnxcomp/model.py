@@ -72,6 +72,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise GraphError(f"{path} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
     _check_external_data(model, path)
     _embed_attributes(model)
+    _sort(model, path)
     name_nodes(model)
     return model
 
@@ -309,6 +310,25 @@ def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graph_protos(attribute.g)
             for inner in attribute.graphs:
                 yield from _graph_protos(inner)
+
+
+def _sort(model: ir.Model, path: Path) -> None:
+    """Puts nodes behind those they read from: runtimes load any order, and some tools write one."""
+    if not _is_sorted(model.graph):
+        try:
+            model.graph.sort()
+        except ValueError as error:
+            raise GraphError(f"{path} is not a valid ONNX model: its nodes form a cycle") from error
+
+
+def _is_sorted(graph: ir.Graph) -> bool:
+    seen: set[ir.Node] = set()
+    for node in graph:
+        producers = (v.producer() for v in node.inputs if v is not None)
+        if any(p is not None and p.graph is graph and p not in seen for p in producers):
+            return False
+        seen.add(node)
+    return True
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:

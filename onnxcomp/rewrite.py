@@ -20,7 +20,7 @@ from onnxcomp.metrics import sqnr
 from onnxcomp.model import ModelSize, check_graph, model_size
 from onnxcomp.opset import opset, raise_opset
 from onnxcomp.select import Select
-from onnxcomp.stats import Observer
+from onnxcomp.stats import Group, Observer
 from onnxcomp.target import Array, Capabilities, Feed
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
@@ -80,8 +80,10 @@ class Context:
         Raises:
             CalibrationError: If it was not observed, or with another kind of observer.
         """
-        found = self.statistics.get(name)
-        if not isinstance(found, kind):
+        observer = self.statistics.get(name)
+        parts = observer.parts if isinstance(observer, Group) else (observer,)
+        found = next((p for p in parts if isinstance(p, kind)), None)
+        if found is None:
             raise CalibrationError(f"value {name!r} has no {kind.__name__}; give calibration data with --data")
         return found
 

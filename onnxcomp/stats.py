@@ -7,6 +7,7 @@ batches.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
@@ -42,6 +43,29 @@ class Observer(ABC):
         """
 
 
+class Group(Observer):
+    """Several observers of one tensor.
+
+    Args:
+        *parts: Observers of different kinds.
+    """
+
+    def __init__(self, *parts: Observer) -> None:
+        self.parts = parts
+
+    @override
+    def update(self, x: Array) -> None:
+        for part in self.parts:
+            part.update(x)
+
+    @override
+    def merge(self, other: Group) -> None:
+        if [type(p) for p in self.parts] != [type(p) for p in other.parts]:
+            raise CalibrationError("cannot merge groups of different observers")
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.merge(theirs)
+
+
 def _finite(x: Array) -> Array:
     if not np.isfinite(x).all():
         bad = int(x.size - np.isfinite(x).sum())
@@ -54,25 +78,29 @@ class Histogram(Observer):
 
     Bin `i` covers `[i * width, (i + 1) * width)`. As widths are powers of two, bins nest, so the outcome depends on the
     data only and not on its order. Exact zeros are counted apart: they are representable in every quantizer.
+    Of a large sample (axis 0), all values beyond a quarter of its largest magnitude enter the bins and the others
+    thinned out evenly: few outliers decide on a range, and they like to stand at the same place in every sample.
 
     Args:
         bins: Largest number of bins.
         weights: How much a value of each channel counts, shape `(channels,)`; every value counts 1 if None.
         axis: Channel axis, for `weights`.
+        limit: Number of values beyond which a sample is thinned out.
 
     Attributes:
         min: Smallest value seen.
         max: Largest value seen.
-        count: Weight of all values seen, zeros included.
-        zeros: Weight of the exact zeros seen.
+        count: Weight of all values in the bins, zeros included.
+        zeros: Weight of the exact zeros among them.
     """
 
-    def __init__(self, bins: int = 8192, *, weights: Array | None = None, axis: int = -1) -> None:
+    def __init__(self, bins: int = 8192, *, weights: Array | None = None, axis: int = -1, limit: int = 1 << 15) -> None:
         if bins < 16:
             raise CalibrationError(f"a histogram needs at least 16 bins, not {bins}")
         self.bins = bins
         self.weights = None if weights is None else np.asarray(weights, np.float64)
         self.axis = axis
+        self.limit = limit
         self.min = np.inf
         self.max = -np.inf
         self.count = 0.0
@@ -98,15 +126,17 @@ class Histogram(Observer):
 
     @override
     def update(self, x: Array) -> None:
-        x = _finite(np.asarray(x))
+        x = np.asarray(x)
         if not x.size:
             return
-        self.min = min(self.min, float(x.min()))
-        self.max = max(self.max, float(x.max()))
-        weights = None if self.weights is None else self._spread_weights(x)
+        low, high = float(x.min()), float(x.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            _finite(x)
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        x, weights = self._thinned(x)
         chosen = x != 0.0
-        total = float(x.size if weights is None else weights.sum())
         nonzero = x[chosen]
+        total = float(x.size if weights is None else weights.sum())
         weights = None if weights is None else weights[chosen]
         self.count += total
         self.zeros += total - float(nonzero.size if weights is None else weights.sum())
@@ -169,11 +199,33 @@ class Histogram(Observer):
                 self._first, self._counts = _halve(self._first, self._counts)
         self._exponent = exponent
 
-    def _spread_weights(self, x: Array) -> Array:
-        assert self.weights is not None
-        shape = [1] * x.ndim
-        shape[self.axis] = -1
-        return np.asarray(np.broadcast_to(self.weights.reshape(shape), x.shape))
+    def _thinned(self, x: Array) -> tuple[Array, Array | None]:
+        """The values of `x` that enter the bins and the weight of each, both flat; None stands for weights of 1."""
+        axis = self.axis % max(x.ndim, 1)
+        samples = len(x) if x.ndim > 1 and (self.weights is None or axis > 0) else 1
+        rows = x.reshape(samples, -1)
+        size = rows.shape[1]
+        channel = None if self.weights is None else (math.prod(x.shape[axis + 1 :]), self.weights)
+        if size <= self.limit:
+            weights = None if channel is None else np.tile(_weights_at(np.arange(size), *channel), samples)
+            return rows.reshape(-1), weights
+        stride = -(-size // self.limit)
+        while math.gcd(stride, size) > 1:
+            stride += 1  # so that no channel or column is skipped
+        some = np.arange(0, size, stride)
+        some_weights = None if channel is None else _weights_at(some, *channel)
+        values, weights_of = [], []
+        for row in rows:
+            bound = max(float(row.max()), -float(row.min())) / 4.0
+            far = np.flatnonzero((row > bound) | (row < -bound))
+            thin = row[some]
+            near = np.abs(thin) <= bound
+            share = (size - len(far)) / max(int(near.sum()), 1)
+            near_weights = np.full(int(near.sum()), share) if some_weights is None else some_weights[near] * share
+            far_weights = np.ones(len(far)) if channel is None else _weights_at(far, *channel)
+            values += [row[far], thin[near]]
+            weights_of += [far_weights, near_weights]
+        return np.concatenate(values), np.concatenate(weights_of)
 
     def _add(self, first: int, counts: Array) -> None:
         if not len(self._counts):
@@ -185,6 +237,11 @@ class Histogram(Observer):
         merged[self._first - start :][: len(self._counts)] += self._counts
         merged[first - start :][: len(counts)] += counts
         self._first, self._counts = start, merged
+
+
+def _weights_at(index: Array, inner: int, weights: Array) -> Array:
+    """Weight of the channel at each flat index into a sample, whose channel axis has `inner` elements behind it."""
+    return np.asarray(weights[index // inner % len(weights)])
 
 
 def _halve(first: int, counts: Array) -> tuple[int, Array]:
@@ -219,13 +276,15 @@ class Moments(Observer):
 
     @override
     def update(self, x: Array) -> None:
-        x = _finite(np.asarray(x)).astype(np.float64)
-        rows = x.reshape(-1, 1) if self.axis is None else channel_rows(x, self.axis)
-        total, square = rows.sum(axis=0), (rows**2).sum(axis=0)
-        if self.axis is None:
-            total, square = total[0], square[0]
+        x = np.asarray(x)
+        kept = () if self.axis is None or x.ndim == 0 else (self.axis % x.ndim,)
+        others = tuple(i for i in range(x.ndim) if i not in kept)
+        total = x.sum(axis=others, dtype=np.float64)
+        square = np.square(x, dtype=np.float64).sum(axis=others)
+        if not np.isfinite(square).all():
+            _finite(x)
         self._sum, self._square = self._sum + total, self._square + square
-        self.count += len(rows)
+        self.count += x.size // max(total.size, 1)
 
     @override
     def merge(self, other: Moments) -> None:
@@ -233,6 +292,36 @@ class Moments(Observer):
             raise CalibrationError("cannot merge moments over different axes")
         self.count += other.count
         self._sum, self._square = self._sum + other._sum, self._square + other._square
+
+
+class ChannelRange(Observer):
+    """Least and largest value of each channel.
+
+    Args:
+        axis: Channel axis.
+
+    Attributes:
+        low: Least values, shape `(channels,)`.
+        high: Largest values, shape `(channels,)`.
+    """
+
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = axis
+        self.low: Array = np.full((), np.inf)
+        self.high: Array = np.full((), -np.inf)
+
+    @override
+    def update(self, x: Array) -> None:
+        rows = channel_rows(_finite(np.asarray(x)), self.axis)
+        if len(rows):
+            self.low = np.minimum(self.low, rows.min(axis=0))
+            self.high = np.maximum(self.high, rows.max(axis=0))
+
+    @override
+    def merge(self, other: ChannelRange) -> None:
+        if other.axis != self.axis:
+            raise CalibrationError("cannot merge ranges over different axes")
+        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
 
 
 class RowSample(Observer):

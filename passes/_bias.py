@@ -48,14 +48,14 @@ def added_constant(node: ir.Node, value: ir.Value) -> Bias | None:
 
 
 def shift_bias(editor: Editor, node: ir.Node, delta: Array, input_scale: Array) -> None:
-    """Adds `delta`, one value an output channel, to the bias of a quantized MatMul or Gemm; makes a bias if need be.
+    """Adds `delta`, one value an output channel, to the bias of a quantized linear op; makes a bias if need be.
 
     The output of a MatMul in front of its bias no longer means what it did, so it is renamed.
     """
     bias = find_bias(node)
     if bias is not None:
         set_bias(editor, bias, delta)
-    elif node.op_type == "Gemm":
+    elif node.op_type in ("Gemm", "Conv"):
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         node.replace_input_with(2, _new_bias(editor, node, delta, input_scale, node))

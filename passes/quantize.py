@@ -12,13 +12,15 @@ import onnx_ir.passes.common as common_passes
 from annotated_types import Ge, Gt, Le
 from typing_extensions import override
 
-from onnxcomp.edit import Editor, attribute, bypass, constant, redirect, replace_output, users
+from onnxcomp.edit import Editor, bypass, constant, redirect, replace_output, users
 from onnxcomp.errors import PassError
+from onnxcomp.passes._bias import shift_bias
+from onnxcomp.passes._channels import channel_axis, input_norms, mean_shift
 from onnxcomp.passes._placement import Linear, Pair, Plan, plan
 from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
 from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
-from onnxcomp.stats import Histogram, Observer
+from onnxcomp.stats import Group, Histogram, Moments, Observer
 from onnxcomp.target import Array
 
 # An int32 bias is kept this far below overflow, so that the accumulator it starts has room.
@@ -43,6 +45,9 @@ class Quantize(Pass):
         output_aware: With `range = "mse"`, weighs the error of each input channel of a linear op by the squared norm of
             the weights that read it, so that the error of the op's output is minimised and not that of its input.
         per_channel: One weight scale for each output channel instead of one for the tensor.
+        bias_correction: Takes the mean error that rounding the weights puts on each output channel off the bias again,
+            from the observed means of the inputs (Nagel et al., arXiv 1906.04721, section 4.2). Costs nothing at run
+            time; a MatMul that no constant Add follows has no bias to correct.
         symmetric: Zero point of activations in the middle of the levels, except behind a folded ReLU.
         bins: Bins of the histograms.
     """
@@ -58,6 +63,7 @@ class Quantize(Pass):
     weight_range: Literal["minmax", "mse"] = "mse"
     output_aware: bool = True
     per_channel: bool = True
+    bias_correction: bool = True
     symmetric: bool = False
     bins: Annotated[int, Ge(256), Le(1 << 20)] = 8192
 
@@ -74,6 +80,11 @@ class Quantize(Pass):
         for pair in todo.pairs.values():
             norms, axis = weights.get(pair.observed, (None, -1))
             observers[pair.observed] = Histogram(self.bins, weights=norms, axis=axis)
+        for linear in todo.linears if self.bias_correction else ():
+            name = linear.input.name or ""
+            known, means = observers.get(name), Moments(channel_axis(linear))
+            if not isinstance(known, Group):
+                observers[name] = means if known is None else Group(known, means)
         return observers
 
     @override
@@ -117,12 +128,23 @@ class Quantize(Pass):
         linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
         each = "channel" if self.per_channel else "tensor"
         detail = f"input {self.activation_bits} bit, weight {bits} bit per {each}"
+        shift = self._correction(linear, weight, grid, context)
         if linear.bias is not None and linear.bias_user is not None and bias is not None:
             scale = np.asarray(input_scale * grid.scale, np.float32)
-            integers = quantize_bias(editor, linear.bias, bias.reshape(-1), scale, linear.bias_user)
+            integers = quantize_bias(editor, linear.bias, bias.reshape(-1) + shift, scale, linear.bias_user)
             redirect(linear.bias, integers, [linear.bias_user])
             detail += ", bias int32"
+        elif linear.node.op_type != "MatMul" and np.any(shift):
+            shift_bias(editor, linear.node, shift, input_scale)
+            detail += ", bias int32 added"
         return applied(linear.node, detail)
+
+    def _correction(self, linear: Linear, weight: Array, grid: Grid, context: Context) -> Array:
+        """What to add to the bias, shape `(outputs,)`, so that rounding the weight keeps the mean output."""
+        if not self.bias_correction:
+            return np.zeros(weight.shape[linear.channel_axis])
+        mean = context.statistic(linear.input.name or "", Moments).mean
+        return mean_shift(linear, weight - grid.round_trip(weight), mean)
 
 
 def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
@@ -138,22 +160,11 @@ def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
             shared.add(pair.observed)
     found: dict[str, tuple[Array, int]] = {}
     for name, linears in readers.items():
-        norms = [_input_norms(linear) for linear in linears]
+        norms = [input_norms(linear) for linear in linears]
         axes = {axis for _, axis in norms}
         if name not in shared and len(axes) == 1 and len({len(n) for n, _ in norms}) == 1:
             found[name] = (np.sum([n for n, _ in norms], axis=0), axes.pop())
     return found
-
-
-def _input_norms(linear: Linear) -> tuple[Array, int]:
-    weight = constant(linear.weight)
-    assert weight is not None
-    squares = weight.astype(np.float64) ** 2
-    if linear.node.op_type != "Conv":
-        return squares.sum(axis=linear.channel_axis), -1
-    groups = int(attribute(linear.node, "group", 1))
-    grouped = squares.reshape(groups, -1, *squares.shape[1:])
-    return grouped.sum(axis=(1, *range(3, grouped.ndim))).reshape(-1), 1
 
 
 def _input_scales(todo: Plan, grids: Mapping[ir.Value, Grid]) -> dict[ir.Value, Array]:

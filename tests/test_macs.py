@@ -30,6 +30,9 @@ def node(op_type, *shapes, out=None, **attributes):
         (node("MatMul", [5, 8], [8]), 5 * 8),
         (node("MatMul", [0, 5, 8], [1, 8, 4]), 0),
         (node("MatMulNBits", [5, 8], [4, 1, 8], K=8, N=4), 5 * 8 * 4),
+        (node("QLinearConv", [1, 8, 9, 9], [], [], [4, 8, 3, 3], out=[1, 4, 7, 7]), 4 * 7 * 7 * 8 * 9),
+        (node("QLinearMatMul", [5, 8], [], [], [8, 4]), 5 * 8 * 4),
+        (node("QGemm", [5, 8], [], [], [4, 8], transB=1), 5 * 8 * 4),
         (node("Relu", [5, 8], out=[5, 8]), 0),
     ],
 )

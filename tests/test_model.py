@@ -27,6 +27,24 @@ def test_load_names_nodes_uniquely(tmp_path, mlp):
     assert names == ["Gemm_0", "same", "same_0"]
 
 
+def test_load_sorts_nodes(tmp_path, mlp):
+    proto = mlp()
+    order = [n.op_type for n in proto.graph.node]
+    nodes = list(reversed(proto.graph.node))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    assert [n.op_type for n in load(tmp_path / "m.onnx").graph] == order
+
+
+def test_load_refuses_a_cycle(tmp_path, mlp):
+    proto = mlp()
+    proto.graph.node[0].input[0] = proto.graph.node[-1].output[0]
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(GraphError, match="cycle"):
+        load(tmp_path / "m.onnx")
+
+
 def test_name_nodes_avoids_names_that_are_taken(mlp):
     proto = mlp()
     for node, name in zip(proto.graph.node, ("Gemm_0", "r", ""), strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxcomp.errors import CalibrationError
-from onnxcomp.stats import Histogram, Moments, RowSample, channel_rows
+from onnxcomp.stats import Group, Histogram, Moments, RowSample, channel_rows
 
 # Zeros, denormals, one lonely outlier and plain values: what makes the bins of a histogram grow, each in its way.
 values = st.one_of(
@@ -159,6 +159,72 @@ def test_size_does_not_grow_with_the_data():
     assert len(histogram.counts) <= 64
     assert sample.sample.shape == (8, 4)
     assert sample.seen == 5000
+
+
+# --- large tensors
+
+
+def test_of_a_large_tensor_some_values_are_counted_and_the_ends_are_exact():
+    x = np.random.default_rng(0).normal(size=(3, 8, 50, 40)).astype(np.float32)
+    x[1, 5, 17, 3], x[2, 7, 49, 39] = -40.0, 50.0
+    thin, full = Histogram(limit=1000), Histogram(limit=1 << 30)
+    thin.update(x)
+    full.update(x)
+    assert (thin.min, thin.max) == (-40.0, 50.0)
+    assert full.count == x.size
+    np.testing.assert_allclose(thin.count, x.size, rtol=1e-12, atol=0)
+    assert abs(thin.quantile(0.9) - full.quantile(0.9)) < 0.1  # 2,700 values of a normal distribution: 0.035 a sigma
+
+
+def test_outliers_are_all_counted():
+    """Also if they stand where thinning never looks: in the same place of every sample."""
+    x = np.random.default_rng(0).normal(size=(10, 64, 100)).astype(np.float32)
+    x[:, 13, 37], x[:, 14, 1], x[:, 14, 2] = 70.0, -60.0, 80.0
+    thin = Histogram(limit=500)
+    thin.update(x)
+    far = np.abs(thin.centers) > 50
+    assert thin.counts[far].sum() == 30
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 8, 8), (6, 30, 30), (6, 1000)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_which_values_are_counted_does_not_depend_on_the_batch(shape, weighted):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    weights = np.arange(1.0, shape[1] + 1) if weighted else None
+    whole, parts = (Histogram(weights=weights, axis=1, limit=100) for _ in range(2))
+    whole.update(x)
+    for sample in x:
+        parts.update(sample[None])
+    np.testing.assert_allclose(whole.count, parts.count, rtol=1e-12, atol=0)
+    np.testing.assert_array_equal(whole.centers, parts.centers)
+    np.testing.assert_allclose(whole.counts, parts.counts, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_every_channel_is_counted_with_its_own_weight(axis):
+    channels, weights = 8, 10.0 ** np.arange(8)
+    x = np.broadcast_to(np.arange(1.0, channels + 1).reshape((1, -1, 1, 1) if axis == 1 else (-1,)), (1, 8, 64, 8))
+    thin = Histogram(weights=weights, axis=axis, limit=500)
+    thin.update(x.astype(np.float32))
+    shares = {round(float(c)): n for c, n in zip(thin.centers - thin.width / 2, thin.counts, strict=True) if n}
+    assert sorted(shares) == list(range(1, channels + 1))
+    counts = np.array([shares[i + 1] / weights[i] for i in range(channels)])
+    assert counts.min() > 0.9 * counts.mean()
+
+
+def test_a_group_shows_each_part_everything():
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    left, right = (Group(Histogram(), Moments(1)) for _ in range(2))
+    left.update(x[:1])
+    right.update(x[1:])
+    left.merge(right)
+    histogram, moments = left.parts
+    assert isinstance(histogram, Histogram)
+    assert isinstance(moments, Moments)
+    assert histogram.count == x.size
+    np.testing.assert_allclose(moments.mean, x.mean(axis=0, dtype=np.float64), rtol=1e-12, atol=0)
+    with pytest.raises(CalibrationError, match="different observers"):
+        left.merge(Group(Moments(1)))
 
 
 # --- moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +16,13 @@ from onnxcomp.errors import CompileError, UnsupportedError
 def onnxruntime() -> Any:
     """The onnxruntime module, imported on first use since that takes long.
 
+    Its telemetry, on by default, is off unless the environment says otherwise: it leaves a file in the temporary folder
+    and sends events.
+
     Raises:
         UnsupportedError: If it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, while it is imported; the API comes too late
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

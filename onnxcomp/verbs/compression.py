@@ -1,0 +1,173 @@
+"""The verb that does all: rewrite, compile, profile, compare, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxcomp.compare import Metric
+from onnxcomp.data import Source, load_data
+from onnxcomp.doctor import environment
+from onnxcomp.errors import DataError, OnnxcompError
+from onnxcomp.model import input_specs, load, save
+from onnxcomp.profile import ratio
+from onnxcomp.recipe import Recipe
+from onnxcomp.report import ModelReport, Report, write_report
+from onnxcomp.rewrite import Check, Progress
+from onnxcomp.target import Capabilities
+from onnxcomp.verbs.figures import check_drop, fidelity_of, figures, time_sessions
+from onnxcomp.verbs.resolve import (
+    EVAL_SAMPLES,
+    ModelLike,
+    RecipeLike,
+    Shapes,
+    as_metric,
+    as_recipe,
+    compiled,
+    file_bytes,
+    load_model,
+    make_target,
+    pipeline_of,
+    split_data,
+)
+from onnxcomp.workdir import replacing
+
+
+def compress(
+    model: ModelLike,
+    out: str | os.PathLike[str],
+    *,
+    recipe: RecipeLike = "int8",
+    target: str = "ort-cpu",
+    data: Source | None = None,
+    eval_data: Source | None = None,
+    metric: str | Metric | None = None,
+    samples: int | None = 128,
+    eval_samples: int | None = EVAL_SAMPLES,
+    seed: int = 0,
+    threads: int = 1,
+    shapes: Shapes | None = None,
+    check: Check = "graph",
+    measure: bool = True,
+    repeat: int = 50,
+    seconds: float | None = 60.0,
+    require_drop: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Rewrites, compiles, profiles and compares, and writes `model.onnx`, `artifact/` and the report into `out`.
+
+    The original is compiled and measured in the same process, interleaved with the result. Without `eval_data` the
+    data is split: one half calibrates, the other evaluates.
+
+    Args:
+        model: Path or model; a model in memory is left unchanged.
+        out: Folder; replaced at the end if it holds an earlier output, and refused if it holds something else.
+        recipe: Built-in name, path, `Recipe`, or passes.
+        target: Name of the target.
+        data: Calibration data, and evaluation data unless `eval_data` is given.
+        eval_data: Evaluation data.
+        metric: Task metric, `module:function` or a callable.
+        samples: Most calibration feeds to use.
+        eval_samples: Most evaluation feeds to use.
+        seed: Of everything random.
+        threads: Threads a run.
+        shapes: Fixes dynamic input shapes.
+        check: Validation after every pass.
+        measure: Whether to measure latency, memory and time by node, of the original as well.
+        repeat: Rounds of timing.
+        seconds: Most seconds to spend on timing.
+        require_drop: Fail at once if `Fidelity.drop` would be None.
+        progress: Told about every step.
+
+    Raises:
+        OnnxcompError: If anything is wrong with what was given; `out` stays as it was.
+    """
+    out = Path(out)
+    plan = as_recipe(recipe)
+    scored = as_metric(metric)
+    if scored is not None and data is None and eval_data is None:
+        raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
+    chosen = make_target(target)
+    capabilities = chosen.capabilities()
+    original = load_model(model, shapes)
+    if not isinstance(model, ir.Model) and Path(model).resolve().is_relative_to(out.resolve()):
+        raise OnnxcompError(f"{model} lies in the folder {out}, which is replaced; give another folder")
+    calibration, evaluation, warnings = split_data(original, data, eval_data, samples, eval_samples, seed)
+    if require_drop and scored is None:
+        check_drop(original, evaluation)
+    warnings += _reservations(plan, target, capabilities)
+    with replacing(out) as work:
+        rewritten = original.clone() if isinstance(model, ir.Model) else load_model(model, shapes)
+        passes = pipeline_of(plan.passes, capabilities, check, seed).run(rewritten, calibration, progress)
+        save(rewritten, work / "model.onnx")
+        if progress:
+            progress("compile", 0, None)
+        baseline = compiled(original, chosen, work / "baseline")
+        artifact = compiled(rewritten, chosen, work / "artifact")
+        sessions = {
+            "before": chosen.load(baseline, threads=threads),
+            "after": chosen.load(artifact, threads=threads),
+        }
+        fidelity = fidelity_of(sessions, original, rewritten, evaluation, scored, progress)
+        feeds = load_data("random", input_specs(original), seed=seed) if evaluation is None else evaluation
+        feed = next(iter(feeds))
+        latency = time_sessions(sessions, feed, repeat, seconds, progress) if measure else {}
+        name = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
+        before = ModelReport(
+            path=name,
+            file_bytes=file_bytes(model, original),
+            **figures(original, chosen, baseline, feed, threads, latency.get("before")),
+        )
+        after = ModelReport(
+            path=str(out / "model.onnx"),
+            file_bytes=file_bytes(work / "model.onnx", load(work / "model.onnx")),
+            **figures(rewritten, chosen, artifact, feed, threads, latency.get("after")),
+        )
+        report = Report(
+            recipe=plan.name,
+            target=target,
+            threads=threads,
+            environment={**environment(), "cpu features": ", ".join(capabilities.features)},
+            before=before,
+            after=after,
+            passes=passes,
+            fidelity=fidelity,
+            ratio=ratio(latency["after"], latency["before"]) if measure else None,
+            calibration="" if calibration is None else calibration.name,
+            calibration_samples=0 if calibration is None else len(calibration),
+            warnings=tuple(warnings),
+            artifact=str(out / "artifact"),
+            recipe_source=plan.source,
+        )
+        report = replace(report, warnings=(*warnings, *_findings(report)))
+        shutil.rmtree(work / "baseline")
+        write_report(report, work)
+    return report
+
+
+def _reservations(recipe: Recipe, target: str, capabilities: Capabilities) -> list[str]:
+    """What the reader has to know about recipe and machine."""
+    found = []
+    if recipe.target not in (None, target):
+        found.append(f"recipe {recipe.name!r} is made for target {recipe.target}, not {target}")
+    if capabilities.reduce_range:
+        found.append(
+            "this CPU has no 8-bit dot product that keeps its sums (VNNI): weights keep to 7 bits, and integers gain "
+            "less time than on CPUs that have it"
+        )
+    return found
+
+
+def _findings(report: Report) -> list[str]:
+    """What the figures say that the reader must not miss."""
+    found = []
+    if report.verdict.kind == "slower":
+        found.append(f"the rewritten model is slower than the original on {report.target}")
+    if fallbacks := report.after.audit.fallbacks:
+        quantized = sum(r.quantized for r in report.after.audit.rows)
+        found.append(f"{len(fallbacks)} of {quantized} quantized nodes run in float on {report.target}")
+    return found

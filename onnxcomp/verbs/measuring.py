@@ -1,0 +1,120 @@
+"""Verbs that run models: how fast they are, and how close to each other."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from onnxcomp.compare import Fidelity, Metric, compare_layers
+from onnxcomp.compare import compare as compare_outputs
+from onnxcomp.data import Source, load_data
+from onnxcomp.model import input_specs
+from onnxcomp.profile import ratio
+from onnxcomp.rewrite import Progress
+from onnxcomp.verbs.figures import LAYER_SAMPLES, check_drop, time_sessions
+from onnxcomp.verbs.resolve import (
+    ModelLike,
+    Shapes,
+    artifact_of,
+    as_metric,
+    compiled,
+    load_model,
+    make_target,
+    reference_runner,
+)
+from onnxcomp.verbs.results import Profile
+
+
+def profile(
+    model: ModelLike,
+    baseline: ModelLike | None = None,
+    *,
+    target: str = "ort-cpu",
+    data: Source = "random",
+    threads: int = 1,
+    repeat: int = 50,
+    seconds: float | None = 60.0,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measures a model, or the folder of an artifact, on a target; with a baseline both interleaved in one process.
+
+    Args:
+        model: `.onnx` file, artifact folder, or model.
+        baseline: What to compare with.
+        target: Name of the target.
+        data: The first feed is run.
+        threads: Threads a run.
+        repeat: Rounds.
+        seconds: Most seconds to spend on timing.
+        seed: For random data.
+        shapes: Fixes dynamic input shapes.
+        progress: Told about every round.
+    """
+    chosen = make_target(target)
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        artifacts = {"model": artifact_of(model, chosen, Path(folder, "model"), shapes)}
+        if baseline is not None:
+            artifacts["baseline"] = artifact_of(baseline, chosen, Path(folder, "baseline"), shapes)
+        sessions = {name: chosen.load(a, threads=threads) for name, a in artifacts.items()}
+        feed = next(iter(load_data(data, sessions["model"].inputs, seed=seed)))
+        latency = time_sessions(sessions, feed, repeat, seconds, progress)
+        return Profile(
+            target=target,
+            threads=threads,
+            latency=latency,
+            ratio=ratio(latency["model"], latency["baseline"]) if baseline is not None else None,
+            node_times=tuple(chosen.node_times(artifacts["model"], feed, threads=threads)),
+            peak_memory=chosen.peak_memory(artifacts["model"], feed, threads=threads),
+        )
+
+
+def compare(
+    reference: ModelLike,
+    other: ModelLike,
+    *,
+    data: Source,
+    metric: str | Metric | None = None,
+    target: str = "ort-cpu",
+    samples: int | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+    layers: bool = True,
+    require_drop: bool = False,
+    progress: Progress | None = None,
+) -> Fidelity:
+    """Compares a model with a reference as both run on a target, per output and per layer.
+
+    Args:
+        reference: The original.
+        other: The model in question.
+        data: Evaluation data.
+        metric: Task metric, `module:function` or a callable.
+        target: Name of the target.
+        samples: Most feeds to use.
+        threads: Threads a run.
+        seed: For random data.
+        shapes: Fixes dynamic input shapes.
+        layers: Also compare layers, on the first few feeds.
+        require_drop: Fail at once if `Fidelity.drop` would be None.
+        progress: Told about every feed.
+    """
+    chosen = make_target(target)
+    scored = as_metric(metric)
+    a, b = load_model(reference, shapes), load_model(other, shapes)
+    feeds = load_data(data, input_specs(a), seed=seed).take(samples)
+    if require_drop and scored is None:
+        check_drop(a, feeds)
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        sessions = [
+            chosen.load(compiled(m, chosen, Path(folder, str(i))), threads=threads) for i, m in enumerate((a, b))
+        ]
+        fidelity = compare_outputs(
+            sessions[0].run, sessions[1].run, feeds, data_name=feeds.name, metric=scored, progress=progress
+        )
+    if not layers:
+        return fidelity
+    return replace(fidelity, layers=compare_layers(a, b, reference_runner(), feeds.take(LAYER_SAMPLES)))

@@ -1,0 +1,169 @@
+"""Turns what a caller may give (paths, names, functions) into models, recipes, metrics, targets and data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import onnx_ir as ir
+
+from onnxcomp.compare import Metric, Run
+from onnxcomp.data import Data, Source, load_data, load_function
+from onnxcomp.errors import DataError, OnnxcompError, RecipeError
+from onnxcomp.model import fix_shapes, initializers, input_specs, load, model_size
+from onnxcomp.recipe import Recipe, load_recipe
+from onnxcomp.registry import load_target
+from onnxcomp.rewrite import Check, Pass, Pipeline
+from onnxcomp.target import Artifact, Capabilities, Target
+
+if TYPE_CHECKING:
+    from onnxcomp.calibrate import Runner
+
+ModelLike: TypeAlias = "str | os.PathLike[str] | ir.Model"
+RecipeLike: TypeAlias = "str | Recipe | Sequence[Pass]"
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
+
+EVAL_SAMPLES = 256
+_FEW_SAMPLES = 8
+
+
+def reference_runner() -> Runner:
+    """What runs models inside the verbs, whatever the target."""
+    from onnxcomp.targets.ort.session import reference_runner as runner
+
+    return runner
+
+
+def load_model(model: ModelLike, shapes: Shapes | None) -> ir.Model:
+    """The model, with shapes fixed; one in memory is copied before anything is changed."""
+    if isinstance(model, ir.Model):
+        if shapes:
+            model = model.clone()
+            fix_shapes(model, shapes)
+        return model
+    loaded = load(model)
+    if shapes:
+        fix_shapes(loaded, shapes)
+    return loaded
+
+
+def as_recipe(recipe: RecipeLike) -> Recipe:
+    """The recipe behind a name, a path, or a sequence of passes.
+
+    Raises:
+        RecipeError: If it does not exist or is not valid.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        return load_recipe(str(recipe))
+    for step in recipe:
+        if not isinstance(step, Pass):
+            raise RecipeError(f"a recipe made in Python is a sequence of passes; {step!r} is none")
+    return Recipe(name="custom", passes=tuple(recipe))
+
+
+def as_metric(metric: str | Metric | None) -> Metric | None:
+    """The metric, with what goes wrong in it turned into an error that names it."""
+    if metric is None:
+        return None
+    function = load_function(metric) if isinstance(metric, str) else metric
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+
+    def scored(run: Run) -> dict[str, float]:
+        try:
+            value = function(run)
+            table = value if isinstance(value, Mapping) else {"metric": value}
+            return {str(k): float(v) for k, v in table.items()}
+        except OnnxcompError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            raise DataError(
+                f"the metric {name} has to return a number, or names with numbers; it raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    return scored
+
+
+def make_target(name: str) -> Target:
+    """The target registered as `name`.
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    return load_target(name)()
+
+
+def pipeline_of(passes: Sequence[Pass], capabilities: Capabilities, check: Check, seed: int) -> Pipeline:
+    """A pipeline that calibrates with the reference runner."""
+    return Pipeline(passes=passes, capabilities=capabilities, runner=reference_runner(), check=check, seed=seed)
+
+
+def compiled(model: ir.Model, target: Target, folder: Path) -> Artifact:
+    """Lowers a model, which stays as it is, and compiles it into `folder`."""
+    return target.compile(_lower(model, target), folder)
+
+
+def _lower(model: ir.Model, target: Target) -> ir.Model:
+    steps = target.lowering()
+    if not steps:
+        return model
+    lowered = model.clone()
+    Pipeline(passes=steps, capabilities=target.capabilities()).run(lowered)
+    return lowered
+
+
+def artifact_of(model: ModelLike, target: Target, folder: Path, shapes: Shapes | None) -> Artifact:
+    """The artifact at the path `model`, or that of the model compiled into `folder`."""
+    if not isinstance(model, ir.Model) and Path(model).is_dir():
+        return target.open(Path(model))
+    return compiled(load_model(model, shapes), target, folder)
+
+
+def split_data(
+    model: ir.Model,
+    data: Source | None,
+    eval_data: Source | None,
+    samples: int | None,
+    eval_samples: int | None,
+    seed: int,
+) -> tuple[Data | None, Data | None, list[str]]:
+    """Calibration data, evaluation data, and what the reader has to know about them."""
+    specs = input_specs(model)
+    warnings: list[str] = []
+    calibration = None if data is None else load_data(data, specs, seed=seed)
+    if any(isinstance(d, str) and d == "random" for d in (data, eval_data)):
+        warnings.append("random data was used: ranges and fidelity say nothing about real inputs")
+    if eval_data is not None:
+        evaluation: Data | None = load_data(eval_data, specs, seed=seed).take(eval_samples)
+        calibration = None if calibration is None else calibration.take(samples)
+    elif calibration is not None:
+        calibration, evaluation = calibration.split(samples, eval_samples)
+    else:
+        evaluation = None
+        warnings.append("no data was given: only passes that need none could run, and fidelity was not measured")
+    if evaluation is None:
+        return calibration, None, warnings
+    digests = evaluation.digests()
+    known = set() if calibration is None else set(calibration.digests())
+    shared = sum(d in known for d in digests)
+    if shared:
+        evaluation = replace(evaluation, seen_by_calibration=True)
+    if 0 < shared < len(digests):
+        warnings.append(f"{shared} of {len(digests)} evaluation samples are calibration samples as well")
+    if len(digests) < _FEW_SAMPLES:
+        warnings.append(f"fidelity rests on {len(digests)} sample{'s' * (len(digests) != 1)} only")
+    return calibration, evaluation, warnings
+
+
+def file_bytes(path: ModelLike, model: ir.Model) -> int:
+    """Size of the file at `path`, which `model` was loaded from, with its external data."""
+    if isinstance(path, ir.Model):
+        return model_size(model).weight_bytes
+    tensors = (v.const_value for v in initializers(model))
+    files = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return Path(path).stat().st_size + sum(f.stat().st_size for f in files)

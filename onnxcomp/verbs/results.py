@@ -1,0 +1,116 @@
+"""What the verbs return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxcomp.compare import Fidelity
+from onnxcomp.model import ModelSize
+from onnxcomp.profile import Latency, Ratio
+from onnxcomp.rewrite import PassReport
+from onnxcomp.target import Audit, NodeTime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What a model is made of.
+
+    Attributes:
+        path: The file, empty for a model in memory.
+        file_bytes: Its size with external data.
+        opset: Version of the default domain.
+        producer: Exporter that wrote it.
+        inputs: Input name to a text of type and shape.
+        outputs: Output name to a text of type and shape.
+        dynamic: Input name to the axes whose size is open; they are fixed with `shapes`.
+        size: Nodes, weights, multiply-accumulates.
+        selected: Name, op type and module path of every node that the selector takes; None without a selector.
+    """
+
+    path: str
+    file_bytes: int
+    opset: int
+    producer: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    dynamic: Mapping[str, tuple[int, ...]]
+    size: ModelSize
+    selected: tuple[tuple[str, str, str], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteResult:
+    """What a rewrite did.
+
+    Attributes:
+        path: Where the model was written, None for a dry run.
+        model: The rewritten model, as read back from the file if there is one.
+        before: Size of the original.
+        passes: What each pass did and refused.
+    """
+
+    path: Path | None
+    model: ir.Model
+    before: ModelSize
+    passes: tuple[PassReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Legalization:
+    """What was done to a quantized model, and what the target makes of it.
+
+    Attributes:
+        path: Where the model was written; None for a dry run, and when its outputs are not those of the original.
+        model: The rewritten model, as read back from the file if there is one.
+        target: Name of the target.
+        threads: Threads a run.
+        passes: What each pass did and refused.
+        before: What the compute nodes of the original became on the target.
+        after: Likewise, of the rewritten model.
+        fidelity: Of the rewritten model against the original, both as executed; without layers.
+        min_sqnr: Lowest SQNR in dB with which the model is written.
+        latency: `before` and `after`, measured interleaved; empty if not measured.
+        ratio: Time of the rewritten model over that of the original; None if not measured.
+    """
+
+    path: Path | None
+    model: ir.Model
+    target: str
+    threads: int
+    passes: tuple[PassReport, ...]
+    before: Audit
+    after: Audit
+    fidelity: Fidelity
+    min_sqnr: float
+    latency: Mapping[str, Latency]
+    ratio: Ratio | None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the outputs are those of the original, up to rounding."""
+        return self.fidelity.worst_sqnr >= self.min_sqnr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What was measured.
+
+    Attributes:
+        target: Name of the target.
+        threads: Threads a run.
+        latency: Model name to latency; all were measured interleaved.
+        ratio: Of the first model to the second, if there are two.
+        node_times: Time by executed node of the first model.
+        peak_memory: Peak resident bytes of the first model.
+    """
+
+    target: str
+    threads: int
+    latency: Mapping[str, Latency]
+    ratio: Ratio | None
+    node_times: tuple[NodeTime, ...]
+    peak_memory: int

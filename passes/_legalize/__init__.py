@@ -1,0 +1,1 @@
+"""The rules of the pass `legalize`, and how they read a quantized graph."""
