@@ -106,7 +106,9 @@ def rewrite(
     _need_output(output, dry_run)
     _warn_of_random(rewriting.data)
     with working(as_json) as progress:
-        result = api.rewrite(model, None if dry_run else output, **rewriting.keywords(), progress=progress)
+        result = api.rewrite(
+            model, None if dry_run else output, **rewriting.keywords(), progress=progress, notice=_tell
+        )
     cli_render.rewrite_result(result, as_json)
 
 
@@ -237,13 +239,16 @@ def compress(
     if dry_run:
         _warn_of_random(rewriting.data)
         with working(as_json) as progress:
-            result = api.rewrite(model, None, **rewriting.keywords(), half=eval_data is None, progress=progress)
+            result = api.rewrite(
+                model, None, **rewriting.keywords(), half=eval_data is None, progress=progress, notice=_tell
+            )
         cli_render.rewrite_result(result, as_json)
         return
     with working(as_json) as progress:
         report = api.compress(
             model, output, **rewriting.keywords(), eval_data=eval_data, eval_samples=eval_samples, metric=metric,
             measure=measure, **timing.keywords(), require_drop=gate.max_drop is not None, progress=progress,
+            notice=_tell,
         )  # fmt: skip
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
     if report.fidelity is not None:
@@ -294,6 +299,10 @@ def _need_output(output: Path | None, dry_run: bool) -> None:
 def _warn_of_random(data: str | None) -> None:
     if data == "random":
         typer.echo("warning: random data: ranges and fidelity say nothing about real inputs", err=True)
+
+
+def _tell(text: str) -> None:
+    typer.echo(cli_render.notice(text), err=True)
 
 
 class _InterruptedError(BaseException):

@@ -25,7 +25,9 @@ Model = Annotated[Path, typer.Argument(help="An .onnx file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]
 OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="The .onnx file to write.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for model.onnx, artifact/ and the report.")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="Built-in recipe or .toml file.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="Built-in recipe, .toml file, or auto, which goes by the kind of model.")
+]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Target; see 'onnxcomp list targets'.")]
 DataSource = Annotated[
     str | None,
@@ -71,7 +73,7 @@ Tolerance = Annotated[float, typer.Option(min=0.0, help="Allowed error; --rtol i
 class Rewriting:
     """How a model is rewritten: by what, for what, and what calibrates."""
 
-    recipe: RecipeName = "int8"
+    recipe: RecipeName = "auto"
     target: TargetName = "ort-cpu"
     data: DataSource = None
     samples: Samples = 128

@@ -55,6 +55,11 @@ def message(error: BaseException) -> str:
     return "\n".join(map(_printable, str(error).splitlines())) or type(error).__name__
 
 
+def notice(text: str) -> str:
+    """What is told before long work, without control characters that a name in a model may hold."""
+    return _printable(text)
+
+
 def show(value: Any, as_json: bool) -> None:
     """Prints a dataclass."""
     if as_json:
@@ -93,6 +98,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
         *((f"input {k}", v) for k, v in found.inputs.items()),
         *((f"output {k}", v) for k, v in found.outputs.items()),
         ("dynamic", ", ".join(f"{k} axis {a}" for k, axes in found.dynamic.items() for a in axes) or "nothing"),
+        ("kind", str(found.kind)),
         ("nodes", str(size.nodes)),
         ("parameters", f"{size.parameters:,}"),
         ("weights", _size(size.weight_bytes)),
@@ -108,7 +114,7 @@ def inspection(found: Inspection, as_json: bool) -> None:
 def rewrite_result(result: RewriteResult, as_json: bool) -> None:
     """Prints what a rewrite did and refused."""
     if as_json:
-        _json({"path": result.path and str(result.path), "before": result.before, "passes": result.passes})
+        _json({name: value for name, value in vars(result).items() if name != "model"})
         return
     _passes(result.passes)
     _print(f"wrote {result.path}" if result.path else "dry run: nothing was written")

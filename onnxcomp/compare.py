@@ -157,6 +157,8 @@ def compare(
     total = _length(data)
     for feed in data:
         expected, found = reference(feed), other(feed)
+        for name, value in expected.items():
+            _check_tensor(name, value, "reference")
         if not tensors:
             if unknown := set(classes or ()) - set(expected):
                 raise DataError(f"the class scores {sorted(unknown)} are no outputs; there are {sorted(expected)}")
@@ -345,14 +347,17 @@ def _floating(array: Array) -> bool:
 
 
 def _same_kind(name: str, reference: Array, other: Array, index: int) -> Array:
-    for which, array in (("reference", reference), ("other model", other)):
-        if not isinstance(array, np.ndarray):
-            raise GraphError(f"output {name!r} of the {which} is a {type(array).__name__}, not a tensor")
+    _check_tensor(name, other, "other model")
     if reference.shape != other.shape:
         raise GraphError(f"output {name!r} has shape {reference.shape} in the reference, {other.shape}, feed {index}")
     if _floating(reference) != _floating(other):
         raise GraphError(f"output {name!r} is {reference.dtype} in the reference and {other.dtype} in the other model")
     return other
+
+
+def _check_tensor(name: str, value: object, which: str) -> None:
+    if not isinstance(value, np.ndarray):
+        raise GraphError(f"output {name!r} of the {which} is a {type(value).__name__}, not a tensor")
 
 
 def _scores(value: float | Mapping[str, float]) -> dict[str, float]:

@@ -172,7 +172,10 @@ def check_feed(feed: Any, inputs: Sequence[TensorSpec], where: str) -> Feed:
     if missing := sorted(names - set(feed)):
         raise DataError(f"{where}: input {missing[0]!r} is missing; there are {sorted(map(str, feed))}")
     for spec in inputs:
-        array = np.asarray(feed[spec.name])
+        try:
+            array = np.asarray(feed[spec.name])
+        except ValueError as error:  # a list of arrays of different shapes
+            raise DataError(f"{where}: input {spec.name!r} is no array; sequences cannot be fed") from error
         if array.dtype != spec.dtype:
             raise DataError(f"{where}: input {spec.name!r} is {array.dtype}; the model expects {spec.dtype}")
         if spec.shape is not None and not _fits(array.shape, spec.shape):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,22 @@ def constant(value: ir.Value | None) -> Array | None:
         array = np.array(array)
         tensor.release()
     return array
+
+
+@contextmanager
+def defaults_hidden(model: ir.Model) -> Iterator[None]:
+    """Takes the default values of graph inputs away meanwhile: a caller may override them, so they are not constants."""
+    graph = model.graph
+    defaults = [(v, v.const_value) for v in graph.inputs if v.is_initializer() and v.const_value is not None]
+    try:
+        for value, _ in defaults:
+            graph.initializers.pop(str(value.name))
+            value.const_value = None
+        yield
+    finally:
+        for value, tensor in defaults:
+            value.const_value = tensor
+            graph.register_initializer(value)
 
 
 def users(value: ir.Value) -> list[ir.Node]:

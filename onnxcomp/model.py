@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError
 
 from onnxcomp.errors import GraphError
 from onnxcomp.macs import count_macs
+from onnxcomp.sanity import make_sane
+from onnxcomp.skeleton import merge_types, skeleton
 from onnxcomp.target import TensorSpec
 
 EXTERNAL_THRESHOLD = 1_500_000_000
@@ -48,7 +50,8 @@ class ModelSize:
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Loads an ONNX model; external data stays on disk, memory-mapped when it is used.
 
-    Nodes without a name get one, so that selectors, reports and audits can name them.
+    Nodes without a name get one, so that selectors, reports and audits can name them. What old files write in another
+    way is brought into today's: weights that are listed as inputs as well, sizes of -1, the domain `ai.onnx`.
 
     Args:
         path: An `.onnx` file.
@@ -67,12 +70,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs
-        raise GraphError(f"{path} is not a valid ONNX model: {_first_line(_cause(error))}") from error
-    if not model.graph.outputs:
-        raise GraphError(f"{path} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
+        raise GraphError(f"{path} is not a valid ONNX model: {_first_line(root_cause(error))}") from error
+    make_sane(model, str(path))
     _check_external_data(model, path)
-    _embed_attributes(model)
-    _sort(model, path)
+    _embed_inner(model)
     name_nodes(model)
     return model
 
@@ -102,6 +103,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
                 os.replace(temporary, path)
     except OSError as error:
         raise GraphError(f"cannot write {path}: {error.strerror or error}") from error
+    except ir.serde.SerdeError as error:
+        raise GraphError(f"cannot write {path}: {_first_line(root_cause(error))}") from error
 
 
 def _save_external(model: ir.Model, temporary: Path, path: Path) -> None:
@@ -164,14 +167,42 @@ def check_graph(model: ir.Model) -> None:
         GraphError: With the checker's first complaint.
     """
     try:
-        onnx.checker.check_model(_skeleton(model))
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise GraphError(f"the graph is not valid: {_first_line(error)}") from error
+        proto = skeleton(model)
+        for value in (*proto.graph.input, *proto.graph.output):
+            # The checker wants a type with a shape, which runtimes do without; an unknown one is no fault of the graph.
+            if value.type.WhichOneof("value") in (None, "tensor_type"):
+                tensor_type = value.type.tensor_type
+                tensor_type.elem_type = tensor_type.elem_type or onnx.TensorProto.FLOAT
+                tensor_type.shape.SetInParent()
+        onnx.checker.check_model(proto)
+    except Exception as error:  # what is written and what the checker finds have no common root
+        raise GraphError(f"the graph is not valid: {_first_line(root_cause(error))}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences warnings of the libraries that work on graphs: they speak of their own working, not of the model."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def infer_shapes(model: ir.Model) -> None:
     """Fills in types and shapes of values as far as they can be inferred; a failure leaves them as they are."""
-    common_passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for value in initializers(model):
+        if value.const_value is not None:
+            value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
+    try:
+        proto = onnx.shape_inference.infer_shapes(skeleton(model), check_type=False, strict_mode=False, data_prop=True)
+    except Exception:  # of a custom op, or of a model that runtimes run all the same
+        return
+    merge_types(model.graph, proto.graph)
 
 
 def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -261,76 +292,6 @@ def _inner_values(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as protobuf, with every weight that is large or on disk turned into an input: enough to check."""
-    functions = [ir.to_proto(f) for f in model.functions.values()]
-    graph = onnx.GraphProto()
-    keep: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    try:
-        for value in initializers(model):
-            tensor = value.const_value
-            if tensor is not None and (tensor.nbytes > 4096 or isinstance(tensor, ir.ExternalTensor)):
-                keep.append((value, tensor))
-                value.const_value = ir.tensor([0.0], name=tensor.name)
-        graph = ir.to_proto(model.graph)
-    finally:
-        for value, tensor in keep:
-            value.const_value = tensor
-    dropped = {v.name: v for v, _ in keep}
-    for owner in _graph_protos(graph):
-        stay = [t for t in owner.initializer if t.name not in dropped]
-        gone = [dropped[t.name] for t in owner.initializer if t.name in dropped]
-        del owner.initializer[:]
-        owner.initializer.extend(stay)
-        names = {i.name for i in owner.input}
-        owner.input.extend(
-            onnx.helper.make_tensor_value_info(v.name or "", v.dtype or 1, list(v.const_value.shape.numpy()))
-            for v in gone
-            if v.name not in names and v.const_value is not None
-        )
-    for value in (*graph.input, *graph.output):
-        # The checker wants a type with a shape, which runtimes do without; an unknown one is no fault of the graph.
-        if value.type.WhichOneof("value") in (None, "tensor_type"):
-            tensor_type = value.type.tensor_type
-            tensor_type.elem_type = tensor_type.elem_type or onnx.TensorProto.FLOAT
-            tensor_type.shape.SetInParent()
-    return onnx.ModelProto(
-        ir_version=model.ir_version,
-        graph=graph,
-        functions=functions,
-        opset_import=[onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items()],
-    )
-
-
-def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graph_protos(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graph_protos(inner)
-
-
-def _sort(model: ir.Model, path: Path) -> None:
-    """Puts nodes behind those they read from: runtimes load any order, and some tools write one."""
-    if not _is_sorted(model.graph):
-        try:
-            model.graph.sort()
-        except ValueError as error:
-            raise GraphError(f"{path} is not a valid ONNX model: its nodes form a cycle") from error
-
-
-def _is_sorted(graph: ir.Graph) -> bool:
-    seen: set[ir.Node] = set()
-    for node in graph:
-        producers = (v.producer() for v in node.inputs if v is not None)
-        if any(p is not None and p.graph is graph and p not in seen for p in producers):
-            return False
-        seen.add(node)
-    return True
-
-
 def _check_external_data(model: ir.Model, path: Path) -> None:
     folder = path.resolve().parent
     for tensor in _external_tensors(model):
@@ -369,14 +330,21 @@ def _external_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, str, ir.Ext
                 yield node, name, attribute.value
 
 
-def _embed_attributes(model: ir.Model) -> None:
-    """Reads tensors of Constant nodes that lie on disk: no writer moves them along with the model."""
+def _embed_inner(model: ir.Model) -> None:
+    """Reads tensors of Constant nodes and weights of subgraphs that lie on disk.
+
+    No writer moves the former along with the model, and a conversion of the opset forgets where the latter lie.
+    """
     for node, name, tensor in list(_external_attributes(model)):
         node.attributes[name] = ir.AttrTensor(name, _loaded(tensor))
+    for graph in model.graph.subgraphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _loaded(value.const_value)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The deepest cause: what is raised last only says where."""
+def root_cause(error: BaseException) -> BaseException:
+    """The deepest cause of an exception: what is raised last often only says where."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 import onnx_ir as ir
 from onnxscript.version_converter import ConvertVersionPass
 
+from onnxcomp.edit import attribute, constant
 from onnxcomp.errors import GraphError
-from onnxcomp.model import name_nodes
+from onnxcomp.model import all_nodes, name_nodes, quiet, root_cause
+
+_SCAN_WITHOUT_BATCH = 9
+_RESIZE_WITH_MODES = 11
+_HARDMAX_OF_ONE_AXIS = 13
 
 
 def opset(model: ir.Model) -> int:
@@ -23,23 +26,80 @@ def raise_opset(model: ir.Model, version: int) -> bool:
         Whether it was converted.
 
     Raises:
-        GraphError: If the converter cannot do it.
+        GraphError: If the converter cannot do it, or would change what the model computes.
     """
     before = opset(model)
     if before >= version:
         return False
-    logger = logging.getLogger("onnxscript.version_converter")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its warning on which of its two implementations works is of no use to a user
+    if all(node.domain for node in all_nodes(model)):
+        model.opset_imports[""] = version  # no node is of the default domain, so there is nothing to convert
+        return True
+    _check_convertible(model, before, version)
+    rounding = _roundings(model) if before < _RESIZE_WITH_MODES <= version else {}
     try:
-        ConvertVersionPass(version, fallback=True)(model)
+        with quiet():  # its warning on which of its two implementations works is of no use to a user
+            ConvertVersionPass(version, fallback=True)(model)
     except Exception as error:
-        raise GraphError(f"the model cannot be converted from opset {before} to {version}: {error}") from error
-    finally:
-        logger.setLevel(level)
+        reason = root_cause(error)
+        raise GraphError(f"the model cannot be converted from opset {before} to {version}: {reason}") from error
     if opset(model) != version:
         raise GraphError(
             f"the model cannot be converted from opset {before} to {version}; export it anew with a newer opset"
         )
+    _keep_sampling(model, rounding)
     name_nodes(model)
     return True
+
+
+def _check_convertible(model: ir.Model, before: int, version: int) -> None:
+    """Refuses what the converter gets wrong without a word."""
+    for node in all_nodes(model):
+        if node.domain:
+            continue
+        reason = ""
+        if node.op_type == "Scan" and before < _SCAN_WITHOUT_BATCH:
+            reason = "is a Scan over a batch, which later opsets do not have"
+        if node.op_type == "Hardmax" and before < _HARDMAX_OF_ONE_AXIS <= version and not _is_last_axis(node):
+            reason = "is a Hardmax over several axes, which later opsets do not have"
+        if reason:
+            raise GraphError(
+                f"the model cannot be converted from opset {before} to {version}: node {node.name!r} {reason}; export "
+                "it anew with a newer opset"
+            )
+
+
+def _is_last_axis(node: ir.Node) -> bool:
+    axis, shape = attribute(node, "axis", 1), node.inputs[0].shape if node.inputs[0] is not None else None
+    return axis == -1 or (shape is not None and axis == len(shape) - 1)
+
+
+def _roundings(model: ir.Model) -> dict[str | None, str]:
+    """How every Upsample and Resize rounds the place that a sample is taken from, by the name of its output.
+
+    Raises:
+        GraphError: If one enlarges along one axis and shrinks along another, which rounds in two ways.
+    """
+    found: dict[str | None, str] = {}
+    for node in all_nodes(model):
+        if node.op_type not in ("Upsample", "Resize") or node.domain:
+            continue
+        scales = attribute(node, "scales") or constant(node.inputs[1] if len(node.inputs) > 1 else None)
+        shrinks = scales is not None and min(scales) < 1
+        if scales is not None and shrinks and max(scales) > 1 and attribute(node, "mode", "nearest") == "nearest":
+            raise GraphError(
+                f"the model cannot be converted to a newer opset: node {node.name!r} enlarges along one axis and "
+                "shrinks along another; export it anew with a newer opset"
+            )
+        found[node.outputs[0].name] = "ceil" if shrinks else "floor"
+    return found
+
+
+def _keep_sampling(model: ir.Model, rounding: dict[str | None, str]) -> None:
+    """Says what a Resize did before opset 11, where the converter leaves it to the new defaults."""
+    for node in all_nodes(model):
+        if node.op_type == "Resize" and not node.domain and node.outputs[0].name in rounding:
+            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+                "coordinate_transformation_mode", "asymmetric"
+            )
+            if attribute(node, "mode", "nearest") == "nearest":
+                node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", rounding[node.outputs[0].name])

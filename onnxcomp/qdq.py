@@ -17,6 +17,8 @@ from onnxcomp.edit import Editor, attribute, constant
 from onnxcomp.quant import Grid
 from onnxcomp.target import Array
 
+_FLOAT = "onnxcomp.float"  # key in the metadata of a dequantized weight, which is not saved
+
 
 def quantize_activation(editor: Editor, value: ir.Value, grid: Grid) -> ir.Value:
     """Puts a Q/DQ pair behind `value`; users are not redirected.
@@ -45,9 +47,27 @@ def quantize_weight(editor: Editor, value: ir.Value, weight: Array, grid: Grid, 
     name = value.name or "weight"
     integers = editor.weight(f"{name}_q", grid.quantize(weight))
     zero_point = editor.weight(f"{name}_zero_point", grid.zero_point)
-    return _dequantize(
+    output = _dequantize(
         editor, name, [integers, editor.weight(f"{name}_scale", grid.scale), zero_point], grid.axis, value, anchor
     )
+    output.meta[_FLOAT] = ir.convenience.get_const_tensor(value)
+    return output
+
+
+def float_weight(value: ir.Value | None) -> Array | None:
+    """The float array that a weight had before it was quantized, or None once the model was saved and loaded again.
+
+    It is kept as the tensor that the model was loaded with, beside the graph: later passes of the same recipe use it
+    to choose better integers.
+    """
+    tensor = value.meta.get(_FLOAT) if value is not None else None
+    if tensor is None:
+        return None
+    array = np.asarray(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        array = np.array(array)
+        tensor.release()
+    return array
 
 
 def quantize_bias(editor: Editor, value: ir.Value, bias: Array, scale: Array, anchor: ir.Node) -> ir.Value:

@@ -22,6 +22,8 @@ else:
     import tomli as tomllib
 
 VERSION = 1
+AUTO = "auto"
+"""In place of a recipe: the built-in one for the kind of model."""
 _MAX_BYTES = 1 << 20
 _KEYS = ("version", "summary", "target", "passes")
 
@@ -64,7 +66,7 @@ def load_recipe(name: str) -> Recipe:
         return parse_recipe(text, name=path.stem, where=str(path))
     folder = resources.files("onnxcomp") / "recipes"
     if name not in builtin_recipes():
-        raise RecipeError(unknown("recipe", name, builtin_recipes()) + " or give the path of a .toml file")
+        raise RecipeError(unknown("recipe", name, [AUTO, *builtin_recipes()]) + " or give the path of a .toml file")
     return parse_recipe((folder / f"{name}.toml").read_text(encoding="utf-8"), name=name, where=name)
 
 

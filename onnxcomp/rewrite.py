@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from itertools import islice
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 import onnx_ir as ir
 
 from onnxcomp.calibrate import Runner, collect
+from onnxcomp.edit import defaults_hidden
 from onnxcomp.errors import CalibrationError, GraphError, OnnxcompError, PassError
 from onnxcomp.metrics import sqnr
-from onnxcomp.model import ModelSize, check_graph, model_size
+from onnxcomp.model import ModelSize, check_graph, model_size, quiet, root_cause
 from onnxcomp.opset import opset, raise_opset
 from onnxcomp.select import Select
 from onnxcomp.stats import Group, Observer
@@ -56,6 +58,13 @@ def refused(node: ir.Node, reason: str) -> Edit:
     return Edit(action="refused", node=node.name or "", op_type=node.op_type, detail=reason)
 
 
+class Sweep(Protocol):
+    """Shows the calibration data to observers."""
+
+    def __call__(self, model: ir.Model, observers: Mapping[str, Observer], limit: int | None = None) -> None:
+        """Runs the data, or `limit` feeds spread evenly over it, through `model`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a pass may know besides the model.
@@ -66,6 +75,11 @@ class Context:
         seed: Seed of everything random.
         runner: Runs a model and returns named intermediate values; None when there is no data.
         sample: One feed of the calibration data; None when there is no data.
+        sweep: Shows all calibration data to more observers, on the model as it is by then; None when there is no data.
+            For a pass whose statistics are too large to be held at once, or depend on its own edits. Given a limit, it
+            uses no more feeds than that.
+        timer: Measures a model on the target with the sample feed; returns microseconds by name of a compute node, and
+            those of the whole run under the empty name. None where nothing can be measured.
     """
 
     capabilities: Capabilities
@@ -73,6 +87,8 @@ class Context:
     seed: int = 0
     runner: Runner | None = None
     sample: Feed | None = None
+    sweep: Sweep | None = None
+    timer: Callable[[ir.Model, Feed], Mapping[str, float]] | None = None
 
     def statistic(self, name: str, kind: type[AnyObserver]) -> AnyObserver:
         """The observer of value `name`.
@@ -182,6 +198,7 @@ class Pipeline:
         runner: Runs probe models for calibration; needed only when a pass observes or `check` is `numeric`.
         check: `graph` validates the model after every pass; `numeric` also compares outputs on the first feed.
         seed: Seed of everything random.
+        timer: See `Context.timer`.
     """
 
     passes: Sequence[Pass]
@@ -189,6 +206,7 @@ class Pipeline:
     runner: Runner | None = None
     check: Check = "graph"
     seed: int = 0
+    timer: Callable[[ir.Model, Feed], Mapping[str, float]] | None = None
 
     def run(
         self, model: ir.Model, data: Iterable[Feed] | None = None, progress: Progress | None = None
@@ -207,10 +225,11 @@ class Pipeline:
             CalibrationError: If a pass observes and there is no data.
             PassError: If a pass fails; the message names it.
         """
-        context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner)
+        context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner, timer=self.timer)
         if data is not None and self.runner is not None:
             context = replace(context, sample=next(iter(data), None))
-        return tuple(self._run_pass(p, model, context, data, progress) for p in self.passes)
+        known = _complaint(model) if self.check != "none" else None
+        return tuple(self._run_pass(p, model, context, data, known, progress) for p in self.passes)
 
     def _run_pass(
         self,
@@ -218,6 +237,7 @@ class Pipeline:
         model: ir.Model,
         context: Context,
         data: Iterable[Feed] | None,
+        known: str | None,
         progress: Progress | None,
     ) -> PassReport:
         started = time.perf_counter()
@@ -226,16 +246,20 @@ class Pipeline:
         try:
             edits = _raise_opset(model, step)
             step.requires(model, context)
+            if data is not None and self.runner is not None:
+                told = _named(progress, f"{step.name}: calibrate")
+                context = replace(context, sweep=_sweep_over(data, self.runner, told))
             observers = step.observers(model, context)
             if observers:
-                if data is None or self.runner is None:
+                if context.sweep is None:
                     raise CalibrationError("it needs calibration data; give some with --data")
-                collect(model, observers, data, self.runner, _named(progress, f"{step.name}: calibrate"))
+                context.sweep(model, observers)
                 context = replace(context, statistics=observers)
             before = self._outputs(model, context)
             edits += step.apply(model, context)
-            if self.check != "none":
-                check_graph(model)
+            complaint = _complaint(model) if self.check != "none" else None
+            if complaint not in (None, known):
+                raise GraphError(complaint)
         except OnnxcompError as error:
             raise type(error)(f"pass {step.name!r}: {error}") from error
         return PassReport(
@@ -253,6 +277,24 @@ class Pipeline:
         return context.run_sample(model, [v.name or "" for v in model.graph.outputs])
 
 
+def _complaint(model: ir.Model) -> str | None:
+    """What is not valid in the graph. Runtimes run what the checker refuses, so it counts only if it is new."""
+    try:
+        check_graph(model)
+    except GraphError as error:
+        return str(error)
+    return None
+
+
+def _sweep_over(data: Iterable[Feed], runner: Runner, progress: Callable[[int, int | None], None] | None) -> Sweep:
+    def sweep(model: ir.Model, observers: Mapping[str, Observer], limit: int | None = None) -> None:
+        step = max(len(data) // limit, 1) if limit is not None and isinstance(data, Sized) else 1
+        feeds = data if limit is None else list(islice(data, 0, step * limit, step))
+        collect(model, observers, feeds, runner, progress)
+
+    return sweep
+
+
 def _raise_opset(model: ir.Model, step: Pass) -> list[Edit]:
     before = opset(model)
     if not raise_opset(model, step.min_opset):
@@ -265,12 +307,15 @@ def _named(progress: Progress | None, text: str) -> Callable[[int, int | None], 
 
 
 def _worst_sqnr(before: Mapping[str, Array], after: Mapping[str, Array]) -> float | None:
-    shared = [sqnr(before[k], after[k]) for k in before if k in after]
+    shared = [sqnr(before[k], after[k]) for k in before if k in after and before[k].dtype.kind != "O"]
     return min(shared) if shared else None
 
 
 class IrPassAdapter:
-    """Runs `onnx_ir` passes inside one of ours and turns an exception into a `PassError`."""
+    """Runs `onnx_ir` passes inside one of ours and turns an exception into a `PassError`.
+
+    The passes do not see default values of graph inputs, which some would take for constants.
+    """
 
     def __init__(self, *passes: ir.passes.PassBase) -> None:
         self._passes = passes
@@ -284,9 +329,10 @@ class IrPassAdapter:
         changed = False
         for step in self._passes:
             try:
-                result = step(model)
+                with defaults_hidden(model), quiet():
+                    result = step(model)
             except Exception as error:
-                raise PassError(f"{type(step).__name__} failed: {error}") from error
+                raise PassError(f"{type(step).__name__} failed: {root_cause(error)}") from error
             if result.model is not model:
                 raise GraphError(f"{type(step).__name__} does not work in place")
             changed |= result.modified

@@ -62,6 +62,7 @@ class Capabilities:
         placements: Op type to the Q/DQ placement that it needs.
         reduce_range: Weights must keep to 7 bits, since the CPU's 8-bit dot product saturates in 16 bits.
         features: CPU or device features found, for the report.
+        contrib_ops: Ops outside the ONNX standard that it has fast kernels for, as `domain::op_type`.
     """
 
     target: str
@@ -71,6 +72,7 @@ class Capabilities:
     placements: Mapping[str, Placement]
     reduce_range: bool = False
     features: tuple[str, ...] = ()
+    contrib_ops: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class AuditRow:
         node: Name of the node in the model that was compiled.
         op_type: Its op type there.
         executed_as: Op type of the node that computes it in the executable, e.g. `QLinearConv`; empty when not found.
+        executed_name: Name of that node, as in `NodeTime.node`.
         macs: Multiply-accumulates per run, 0 when the shape is unknown.
         quantized: The model asks for integer execution: its activation and weight come from DequantizeLinear.
         integer: It is executed on integers.
@@ -94,6 +97,7 @@ class AuditRow:
     quantized: bool
     integer: bool
     reason: str = ""
+    executed_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

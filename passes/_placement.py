@@ -6,7 +6,7 @@ Four rules:
    needs it quantized.
 2. An elementwise op is quantized when all its inputs are available as integers anyway; its output is then forced.
 3. An op that only moves values is quantized when its input is available and its output is needed by another quantized
-   op; its output shares the input's grid.
+   op, or read in a subgraph; its output shares the input's grid.
 4. A ReLU or Clip that alone reads an op's output, in front of a quantizer, is folded into that quantizer.
 
 A forced tensor is read quantized by everyone, since integer kernels need `QuantizeLinear` to be the only reader. A
@@ -151,25 +151,36 @@ class _Planner:
         return {value}
 
     def _needed(self, moving: list[ir.Node]) -> dict[ir.Value, ir.Value]:
-        """Keeps the moving ops whose output a quantized op reads; returns output to input of those kept."""
+        """Keeps the moving ops whose output a quantized op or a subgraph reads; returns output to input of these."""
         shares: dict[ir.Value, ir.Value] = {}
         for node in reversed(moving):
             output, source = node.outputs[0], node.inputs[0]
             assert source is not None
-            if output in self.demanded or any(n in self.quantized for n in users(output)):
+            quantized = output in self.demanded or any(n in self.quantized for n in users(output))
+            if quantized or self._is_read_inside(output):
                 self.quantized.add(node)
                 shares[output] = source
         return shares
 
+    def _is_read_inside(self, value: ir.Value) -> bool:
+        """Whether a body of If, Loop or Scan reads it.
+
+        onnxruntime 1.32 aborts where such a reader stands behind a DequantizeLinear and an op that only moves values.
+        """
+        return any(reader.graph is not self.graph for reader in users(value))
+
     def _fold_demanded(self, outputs: dict[ir.Value, ir.Node]) -> None:
-        """Folds a ReLU between an op whose output need not be quantized and a tensor that is quantized anyway."""
+        """Folds a ReLU between an op whose output need not be quantized and a tensor that is quantized anyway.
+
+        So, too, one that onnxruntime would fuse into the op, which then runs in float.
+        """
         for value in outputs:
             activation = _foldable_reader(value)
             if activation is None or value in self.folds:
                 continue
             after = activation.outputs[0]
             quantized_only = all(n in self.quantized for n in users(after)) and not after.is_graph_output()
-            if after in self.demanded and quantized_only:
+            if (after in self.demanded and quantized_only) or _would_be_fused_in_float(value, activation):
                 self.folds[value] = activation
                 self.forced.add(after)
 
@@ -183,7 +194,8 @@ class _Planner:
             origin = value
             while origin in shares:
                 origin = shares[origin]
-            readers = None if value in self.forced else [n for n in users(value) if n in self.quantized]
+            everyone = value in self.forced or (value in shares and self._is_read_inside(value))
+            readers = None if everyone else [n for n in users(value) if n in self.quantized]
             place = before.get(value, value)
             folded = self.folds.get(place) if place is not value else None
             self.result.pairs[place] = Pair(observed=origin.name or "", readers=readers, folded=folded)
@@ -267,6 +279,12 @@ def _channels(weight: ir.Value) -> int:
 def _is_dequantized(value: ir.Value) -> bool:
     producer = value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _would_be_fused_in_float(value: ir.Value, activation: ir.Node) -> bool:
+    """Whether `value` is two-dimensional and goes through a ReLU that is no output: a Gemm with float output then."""
+    two_dimensional = value.shape is None or value.shape.rank() == 2
+    return activation.op_type == "Relu" and two_dimensional and not activation.outputs[0].is_graph_output()
 
 
 def _foldable_reader(value: ir.Value) -> ir.Node | None:

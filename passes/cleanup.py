@@ -12,10 +12,14 @@ import onnx_ir.passes.common as common_passes
 from annotated_types import Ge
 from typing_extensions import override
 
-from onnxcomp._onnxscript import FoldConstants, Simplify
+from onnxcomp._onnxscript import FoldConstants, Simplify, hidden
+from onnxcomp.edit import defaults_hidden
 from onnxcomp.model import all_nodes, name_nodes
 from onnxcomp.passes._affine import fold_affine
+from onnxcomp.passes._clips import merge_clips
 from onnxcomp.passes._patches import patches_to_matmul
+from onnxcomp.passes._shapes import settle_shapes
+from onnxcomp.passes._transposes import transpose_weights
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass
 
 _PORTABLE_DOMAIN = "onnxcomp"
@@ -42,9 +46,14 @@ class Cleanup(Pass):
 
     @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
+        with defaults_hidden(model):
+            return self._apply(model)
+
+    def _apply(self, model: ir.Model) -> Sequence[Edit]:
         before = Counter(n.op_type for n in all_nodes(model))
         IrPassAdapter(common_passes.InlinePass(criteria=lambda function: function.domain != _PORTABLE_DOMAIN))(model)
-        edits: list[Edit] = []
+        _trim_inputs(model)
+        edits = settle_shapes(model)
         after = before
         for _ in range(_ROUNDS):  # what one round removed may have stood between two ops that now fuse
             edits += self._round(model)
@@ -60,15 +69,20 @@ class Cleanup(Pass):
         return edits
 
     def _round(self, model: ir.Model) -> list[Edit]:
+        simplify = Simplify()
         IrPassAdapter(
             common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             FoldConstants(self.max_constant),
             common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-            Simplify(),
+            simplify,
             common_passes.DeduplicateInitializersPass(),  # first: equal weights make equal expressions
-            common_passes.CommonSubexpressionEliminationPass(),
         )(model)
-        edits = [*fold_affine(model, self.where), *patches_to_matmul(model, self.where)]
+        with hidden(model):
+            IrPassAdapter(common_passes.CommonSubexpressionEliminationPass())(model)
+        transpose_weights(model)
+        edits = [Edit(action="refused", node="", op_type="model", detail=text) for text in simplify.failed]
+        for fold in (merge_clips, fold_affine, patches_to_matmul):
+            edits += fold(model, self.where)
         IrPassAdapter(
             common_passes.RemoveUnusedNodesPass(),
             common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
@@ -76,3 +90,13 @@ class Cleanup(Pass):
             common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         )(model)
         return edits
+
+
+def _trim_inputs(model: ir.Model) -> None:
+    """Drops empty inputs at the end, which mean the same as none but are written as "" by some exporters."""
+    for node in all_nodes(model):
+        count = len(node.inputs)
+        while count and node.inputs[count - 1] is None:
+            count -= 1
+        if node.domain == "" and count < len(node.inputs):
+            node.resize_inputs(count)

@@ -13,10 +13,11 @@ from annotated_types import Ge, Gt, Le
 from typing_extensions import override
 
 from onnxcomp.edit import Editor, bypass, constant, redirect, replace_output, users
-from onnxcomp.errors import PassError
+from onnxcomp.errors import CalibrationError, PassError
 from onnxcomp.passes._bias import shift_bias
 from onnxcomp.passes._channels import channel_axis, input_norms, mean_shift
 from onnxcomp.passes._placement import Linear, Pair, Plan, plan
+from onnxcomp.passes._shield import shield_float_ops
 from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
 from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
@@ -80,11 +81,12 @@ class Quantize(Pass):
         for pair in todo.pairs.values():
             norms, axis = weights.get(pair.observed, (None, -1))
             observers[pair.observed] = Histogram(self.bins, weights=norms, axis=axis)
+        means: dict[str, dict[int, Observer]] = {}
         for linear in todo.linears if self.bias_correction else ():
-            name = linear.input.name or ""
-            known, means = observers.get(name), Moments(channel_axis(linear))
-            if not isinstance(known, Group):
-                observers[name] = means if known is None else Group(known, means)
+            axis = channel_axis(linear)  # a Conv and a MatMul may read the same tensor
+            means.setdefault(linear.input.name or "", {}).setdefault(axis, Moments(axis))
+        for name, moments in means.items():
+            observers[name] = Group(*([observers[name]] if name in observers else []), *moments.values())
         return observers
 
     @override
@@ -103,11 +105,14 @@ class Quantize(Pass):
                 bypass(pair.folded)
             _insert(editor, value, pair, grids[value])
         if todo.pairs:
+            shield_float_ops(model)
             IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
     def _grid(self, context: Context, observed: str, unsigned: bool) -> Grid:
         histogram = context.statistic(observed, Histogram)
+        if not histogram.count:
+            raise CalibrationError(f"value {observed!r} is empty in all calibration data; give data where it is not")
         low, high = observed_range(histogram, self.range, self.activation_bits, percentile=self.percentile)
         return activation_grid(low, high, self.activation_bits, symmetric=self.symmetric and not unsigned)
 
@@ -143,8 +148,11 @@ class Quantize(Pass):
         """What to add to the bias, shape `(outputs,)`, so that rounding the weight keeps the mean output."""
         if not self.bias_correction:
             return np.zeros(weight.shape[linear.channel_axis])
-        mean = context.statistic(linear.input.name or "", Moments).mean
-        return mean_shift(linear, weight - grid.round_trip(weight), mean)
+        context.statistic(linear.input.name or "", Moments)
+        group = context.statistics[linear.input.name or ""]
+        assert isinstance(group, Group)
+        means = {m.axis: m.mean for m in group.parts if isinstance(m, Moments)}
+        return mean_shift(linear, weight - grid.round_trip(weight), means[channel_axis(linear)])
 
 
 def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
@@ -162,7 +170,8 @@ def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
     for name, linears in readers.items():
         norms = [input_norms(linear) for linear in linears]
         axes = {axis for _, axis in norms}
-        if name not in shared and len(axes) == 1 and len({len(n) for n, _ in norms}) == 1:
+        total = sum(float(n.sum()) for n, _ in norms)  # 0 where all weights are, and every value counts nothing
+        if name not in shared and len(axes) == 1 and len({len(n) for n, _ in norms}) == 1 and total > 0.0:
             found[name] = (np.sum([n for n, _ in norms], axis=0), axes.pop())
     return found
 

@@ -1,9 +1,11 @@
 """NoisyQuant on a real vision transformer: no noise, the paper's random noise, and the search by channel.
 
     python -m examples.vit.noise_table [--images 200] [--seeds 5]
+    python -m examples.vit.noise_table --latency
 
 For every linear layer: output error with the noise over that without, on images that the search did not see, mean and
 spread over seeds (each seed draws other calibration rows and other noise). End to end: SQNR of the logits and top-1.
+With `--latency` instead: what the noise costs in time where it is folded, and where it is an Add of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import onnx_ir as ir
 
 from examples.vit.data import calibration, evaluation, top1
 from examples.vit.model import weights
+from onnxcomp import api
 from onnxcomp.calibrate import collect
 from onnxcomp.compare import compare
 from onnxcomp.model import load
@@ -28,6 +31,7 @@ from onnxcomp.passes.noisy_bias import NoisyBias
 from onnxcomp.passes.quantize import Quantize
 from onnxcomp.qdq import dequantized_weight, read_activation
 from onnxcomp.rewrite import Pass, Pipeline
+from onnxcomp.select import Select
 from onnxcomp.stats import RowSample
 from onnxcomp.target import Feed
 from onnxcomp.targets.ort import OrtCpu, reference_runner
@@ -41,7 +45,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--latency", action="store_true")
     options = parser.parse_args()
+    if options.latency:
+        _latency()
+        return
     os.environ["ONNXCOMP_LIMIT"] = str(options.images)
     for bits in (6, 8):
         _layers(bits, options.seeds)
@@ -105,6 +113,21 @@ def _end_to_end(bits: int, method: str | None, images: int) -> None:
         f"top-1 {fidelity.metric['top1']:.3f} (fp32 {fidelity.reference_metric['top1']:.3f}), {images} images",
         flush=True,
     )
+
+
+def _latency() -> None:
+    """Times of the int8 model with noise over those of the same without, interleaved; fc2 takes the explicit form."""
+    shape = {"image": (1, 3, 224, 224)}
+    plain = _rewritten(Cleanup(), Quantize())
+    for form, where in (("folded", Select(skip=("*fc2*",))), ("explicit", Select(name=("*fc2*",)))):
+        noise = NoisyBias(method="channel", min_gain=0.0, where=where)
+        noisy = _rewritten(Cleanup(), Quantize(), noise)
+        more = len(noisy.graph) - len(plain.graph)
+        found = api.profile(noisy, plain, threads=1, repeat=100, shapes=shape).ratio
+        assert found is not None
+        print(
+            f"{form}: {more} more nodes, {found.median:.3f} of the time ({found.low:.3f}-{found.high:.3f})", flush=True
+        )
 
 
 if __name__ == "__main__":

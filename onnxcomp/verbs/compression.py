@@ -15,10 +15,11 @@ from onnxcomp.doctor import environment
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.model import input_specs, load, save
 from onnxcomp.profile import ratio
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import AUTO, Recipe
 from onnxcomp.report import ModelReport, Report, write_report
 from onnxcomp.rewrite import Check, Progress
 from onnxcomp.target import Capabilities
+from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.figures import check_drop, fidelity_of, figures, time_sessions
 from onnxcomp.verbs.resolve import (
     EVAL_SAMPLES,
@@ -26,7 +27,6 @@ from onnxcomp.verbs.resolve import (
     RecipeLike,
     Shapes,
     as_metric,
-    as_recipe,
     compiled,
     file_bytes,
     load_model,
@@ -41,7 +41,7 @@ def compress(
     model: ModelLike,
     out: str | os.PathLike[str],
     *,
-    recipe: RecipeLike = "int8",
+    recipe: RecipeLike = AUTO,
     target: str = "ort-cpu",
     data: Source | None = None,
     eval_data: Source | None = None,
@@ -57,6 +57,7 @@ def compress(
     seconds: float | None = 60.0,
     require_drop: bool = False,
     progress: Progress | None = None,
+    notice: Notice | None = None,
 ) -> Report:
     """Rewrites, compiles, profiles and compares, and writes `model.onnx`, `artifact/` and the report into `out`.
 
@@ -66,7 +67,7 @@ def compress(
     Args:
         model: Path or model; a model in memory is left unchanged.
         out: Folder; replaced at the end if it holds an earlier output, and refused if it holds something else.
-        recipe: Built-in name, path, `Recipe`, or passes.
+        recipe: Built-in name, path, `Recipe`, passes, or `auto` for the built-in one that suits the kind of model.
         target: Name of the target.
         data: Calibration data, and evaluation data unless `eval_data` is given.
         eval_data: Evaluation data.
@@ -82,12 +83,12 @@ def compress(
         seconds: Most seconds to spend on timing.
         require_drop: Fail at once if `Fidelity.drop` would be None.
         progress: Told about every step.
+        notice: Told which recipe was chosen and why, before the work begins.
 
     Raises:
         OnnxcompError: If anything is wrong with what was given; `out` stays as it was.
     """
     out = Path(out)
-    plan = as_recipe(recipe)
     scored = as_metric(metric)
     if scored is not None and data is None and eval_data is None:
         raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
@@ -96,13 +97,16 @@ def compress(
     original = load_model(model, shapes)
     if not isinstance(model, ir.Model) and Path(model).resolve().is_relative_to(out.resolve()):
         raise OnnxcompError(f"{model} lies in the folder {out}, which is replaced; give another folder")
+    choice = choose(recipe, original, data=data is not None)
+    plan = choice.recipe
     calibration, evaluation, warnings = split_data(original, data, eval_data, samples, eval_samples, seed)
     if require_drop and scored is None:
         check_drop(original, evaluation)
-    warnings += _reservations(plan, target, capabilities)
+    warnings += [*choice.warnings, *_reservations(plan, target, capabilities)]
     with replacing(out) as work:
+        choice.tell(notice)
         rewritten = original.clone() if isinstance(model, ir.Model) else load_model(model, shapes)
-        passes = pipeline_of(plan.passes, capabilities, check, seed).run(rewritten, calibration, progress)
+        passes = pipeline_of(plan.passes, chosen, check, seed, threads).run(rewritten, calibration, progress)
         save(rewritten, work / "model.onnx")
         if progress:
             progress("compile", 0, None)
@@ -142,6 +146,7 @@ def compress(
             warnings=tuple(warnings),
             artifact=str(out / "artifact"),
             recipe_source=plan.source,
+            metadata=choice.metadata(),
         )
         report = replace(report, warnings=(*warnings, *_findings(report)))
         shutil.rmtree(work / "baseline")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxcomp.doctor import Diagnosis, diagnose
+from onnxcomp.kind import classify
 from onnxcomp.model import all_nodes, input_specs, model_size
 from onnxcomp.opset import opset
 from onnxcomp.recipe import builtin_recipes, load_recipe
@@ -37,6 +38,7 @@ def inspect(model: ModelLike, *, select: Select | None = None, shapes: Shapes | 
         outputs={v.name or "": f"{v.dtype} {v.shape}" for v in loaded.graph.outputs},
         dynamic=_dynamic(loaded),
         size=model_size(loaded),
+        kind=classify(loaded),
         selected=selected,
     )
 

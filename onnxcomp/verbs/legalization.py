@@ -78,7 +78,7 @@ def legalize(
     original = load_model(model, shapes)
     calibration, evaluation = _data(original, data, samples, seed, calibrate)
     rewritten = original.clone() if isinstance(model, ir.Model) else load_model(model, shapes)
-    passes = pipeline_of(steps, chosen.capabilities(), check, seed).run(rewritten, calibration, progress)
+    passes = pipeline_of(steps, chosen, check, seed).run(rewritten, calibration, progress)
     feed = next(iter(evaluation))
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         if progress:

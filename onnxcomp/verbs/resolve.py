@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from onnxcomp.model import fix_shapes, initializers, input_specs, load, model_si
 from onnxcomp.recipe import Recipe, load_recipe
 from onnxcomp.registry import load_target
 from onnxcomp.rewrite import Check, Pass, Pipeline
-from onnxcomp.target import Artifact, Capabilities, Target
+from onnxcomp.target import Artifact, Feed, Target
 
 if TYPE_CHECKING:
     from onnxcomp.calibrate import Runner
@@ -98,9 +99,25 @@ def make_target(name: str) -> Target:
     return load_target(name)()
 
 
-def pipeline_of(passes: Sequence[Pass], capabilities: Capabilities, check: Check, seed: int) -> Pipeline:
-    """A pipeline that calibrates with the reference runner."""
-    return Pipeline(passes=passes, capabilities=capabilities, runner=reference_runner(), check=check, seed=seed)
+def pipeline_of(passes: Sequence[Pass], target: Target, check: Check, seed: int, threads: int = 1) -> Pipeline:
+    """A pipeline that calibrates with the reference runner and measures on the target."""
+    return Pipeline(
+        passes=passes,
+        capabilities=target.capabilities(),
+        runner=reference_runner(),
+        check=check,
+        seed=seed,
+        timer=lambda model, feed: node_microseconds(model, target, feed, threads),
+    )
+
+
+def node_microseconds(model: ir.Model, target: Target, feed: Feed, threads: int = 1) -> dict[str, float]:
+    """Microseconds of every compute node of `model` as executed on the target, and of all nodes under ""."""
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-time-") as folder:
+        artifact = compiled(model, target, Path(folder, "artifact"))
+        times = {t.node: t.microseconds for t in target.node_times(artifact, feed, threads=threads, repeat=20)}
+    by_node = {r.node: times[r.executed_name] for r in artifact.audit.rows if r.executed_name in times}
+    return {**by_node, "": sum(times.values())}
 
 
 def compiled(model: ir.Model, target: Target, folder: Path) -> Artifact:

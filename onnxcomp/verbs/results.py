@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcomp.compare import Fidelity
+from onnxcomp.kind import Kind
 from onnxcomp.model import ModelSize
 from onnxcomp.profile import Latency, Ratio
 from onnxcomp.rewrite import PassReport
@@ -28,6 +29,7 @@ class Inspection:
         outputs: Output name to a text of type and shape.
         dynamic: Input name to the axes whose size is open; they are fixed with `shapes`.
         size: Nodes, weights, multiply-accumulates.
+        kind: What kind of model it is; `auto` chooses the recipe by it.
         selected: Name, op type and module path of every node that the selector takes; None without a selector.
     """
 
@@ -39,6 +41,7 @@ class Inspection:
     outputs: Mapping[str, str]
     dynamic: Mapping[str, tuple[int, ...]]
     size: ModelSize
+    kind: Kind
     selected: tuple[tuple[str, str, str], ...] | None = None
 
 
@@ -51,12 +54,20 @@ class RewriteResult:
         model: The rewritten model, as read back from the file if there is one.
         before: Size of the original.
         passes: What each pass did and refused.
+        recipe: Name of the recipe.
+        kind: Kind of the original.
+        reason: Why this recipe; empty if the caller named it.
+        warnings: What the recipe is known to cost on this kind of model.
     """
 
     path: Path | None
     model: ir.Model
     before: ModelSize
     passes: tuple[PassReport, ...]
+    recipe: str
+    kind: Kind
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

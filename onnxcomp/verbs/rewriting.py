@@ -10,14 +10,15 @@ import onnx_ir as ir
 
 from onnxcomp.data import Source, load_data
 from onnxcomp.model import input_specs, load, model_size, save
+from onnxcomp.recipe import AUTO
 from onnxcomp.rewrite import Check, Progress
 from onnxcomp.target import Artifact
+from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.resolve import (
     EVAL_SAMPLES,
     ModelLike,
     RecipeLike,
     Shapes,
-    as_recipe,
     compiled,
     load_model,
     make_target,
@@ -49,7 +50,7 @@ def rewrite(
     model: ModelLike,
     out: str | os.PathLike[str] | None,
     *,
-    recipe: RecipeLike = "int8",
+    recipe: RecipeLike = AUTO,
     target: str = "ort-cpu",
     data: Source | None = None,
     samples: int | None = 128,
@@ -58,13 +59,14 @@ def rewrite(
     check: Check = "graph",
     half: bool = False,
     progress: Progress | None = None,
+    notice: Notice | None = None,
 ) -> RewriteResult:
     """Rewrites a model with a recipe.
 
     Args:
         model: Path or model; a model in memory is left unchanged.
         out: The `.onnx` file to write, or None to write nothing (a dry run).
-        recipe: Built-in name, path, `Recipe`, or passes.
+        recipe: Built-in name, path, `Recipe`, passes, or `auto` for the built-in one that suits the kind of model.
         target: Whose capabilities the passes go by.
         data: Calibration data, all of which may be used.
         samples: Most calibration feeds to use, None for all.
@@ -73,25 +75,36 @@ def rewrite(
         check: Validation after every pass.
         half: Calibrates with the first half of the data only, as `compress` does.
         progress: Told about every step.
+        notice: Told which recipe was chosen and why, and what it is known to cost, before the work begins.
 
     Raises:
         OnnxcompError: If anything is wrong with what was given; nothing is written then.
     """
-    steps = as_recipe(recipe).passes
     chosen = make_target(target)
     if out is not None:
         check_writable(Path(out))
     original = load_model(model, shapes)
+    choice = choose(recipe, original, data=data is not None)
     before = model_size(original)
     calibration = None if data is None else load_data(data, input_specs(original), seed=seed)
     if calibration is not None:
         calibration = calibration.split(samples, EVAL_SAMPLES)[0] if half else calibration.take(samples)
     rewritten = original.clone() if isinstance(model, ir.Model) else original
-    reports = pipeline_of(steps, chosen.capabilities(), check, seed).run(rewritten, calibration, progress)
+    choice.tell(notice, warn=True)
+    reports = pipeline_of(choice.recipe.passes, chosen, check, seed).run(rewritten, calibration, progress)
     if out is not None:
         save(rewritten, out)
         rewritten = load(out)  # weights that were never in memory may have lain in a file that is replaced now
-    return RewriteResult(path=None if out is None else Path(out), model=rewritten, before=before, passes=reports)
+    return RewriteResult(
+        path=None if out is None else Path(out),
+        model=rewritten,
+        before=before,
+        passes=reports,
+        recipe=choice.recipe.name,
+        kind=choice.kind,
+        reason=choice.reason,
+        warnings=choice.warnings,
+    )
 
 
 def compile(

@@ -75,6 +75,7 @@ def _row(node: ir.Node, found: onnx.NodeProto | None) -> AuditRow:
         node=node.name or "",
         op_type=node.op_type,
         executed_as=found.op_type if found is not None else "",
+        executed_name=found.name if found is not None else "",
         macs=count_macs(node, 1),
         quantized=quantized,
         integer=integer,

@@ -38,6 +38,10 @@ PLACEMENTS: Mapping[str, Placement] = {
     },
 }  # fmt: skip
 
+_CONTRIB_OPS = frozenset(
+    f"com.microsoft::{op}" for op in ("DynamicQuantizeLSTM", "GatherBlockQuantized", "MatMulNBits")
+)
+
 _FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
@@ -55,6 +59,7 @@ def capabilities(target: str) -> Capabilities:
         placements=PLACEMENTS,
         reduce_range=reduce_range(machine, flags),
         features=tuple(f for f in _FEATURES if f in flags),
+        contrib_ops=_CONTRIB_OPS,
     )
 
 

@@ -59,6 +59,7 @@ class RowEntry(_Strict):
     quantized: bool
     integer: bool
     reason: str
+    executed_name: str = ""
 
 
 class Manifest(_Strict):

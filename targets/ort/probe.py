@@ -63,7 +63,7 @@ def build_probe(model: ir.Model, outputs: Sequence[str]) -> Probe:
     weights: dict[str, Any] = {}
     share = _weight_bytes(graph, used) > SHARE_ABOVE
     for name, value in graph.initializers.items():
-        if value not in used and name not in outputs:
+        if value not in used and name not in outputs and not value.is_graph_input():
             continue
         tensor = value.const_value
         if tensor is None:

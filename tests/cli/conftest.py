@@ -36,9 +36,10 @@ def fails(cli, snapshot, tmp_path):
         assert "Traceback" not in err
         assert out == ""
         assert snapshot(tmp_path) == before
-        last = err.splitlines()
-        assert last[0].startswith("error: "), err
-        return err.removeprefix("error: ")
+        told, error, message = err.partition("error: ")
+        assert error, err
+        assert all(line.startswith("kind: ") for line in told.splitlines()), err
+        return message
 
     return call
 

@@ -78,7 +78,8 @@ def test_data_that_is_not_there(fails, tmp_path, model_path):
 
 def test_no_data(fails, tmp_path, model_path):
     message = fails("compress", model_path, "-o", tmp_path / "out")
-    assert "pass 'quantize': it needs calibration data; give some with --data" in message
+    assert "recipe 'int8', chosen for a model of kind other" in message
+    assert "it needs calibration data; give some with --data" in message
 
 
 def test_gate_without_data(fails, tmp_path, model_path):

@@ -1,0 +1,117 @@
+"""Brings a graph that was just read into the form that everything else relies on, or refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from onnxcomp.errors import GraphError
+from onnxcomp.skeleton import skeleton
+
+_IR_WITH_DEFAULTS = 4
+"""IR version from which on a weight need not be an input, and one that is an input is a default value."""
+
+
+def make_sane(model: ir.Model, where: str) -> None:
+    """Modernises and sorts a model in place.
+
+    Weights that old files list as inputs as well are no inputs any more; sizes of -1 become unknown; the domain
+    `ai.onnx` gets its usual, empty name; nodes stand behind those that they read from.
+
+    Args:
+        model: As it was read.
+        where: What messages call it.
+
+    Raises:
+        GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, or there is something
+            in it that cannot be written again.
+    """
+    if not model.graph.outputs:
+        raise GraphError(f"{where} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
+    _modernise(model)
+    _check_defined(model.graph, (), where)
+    for function in model.functions.values():
+        _check_defined(function, (), where)
+    _sort(model, where)
+    try:
+        skeleton(model)
+    except Exception as error:  # onnx_ir raises many kinds for malformed graphs
+        raise GraphError(f"{where} is not a valid ONNX model: {_reason(error)}") from error
+
+
+def _modernise(model: ir.Model) -> None:
+    imports = model.opset_imports
+    if "ai.onnx" in imports:
+        imports[""] = max(imports.pop("ai.onnx"), imports.get("", 1))
+    if model.ir_version < _IR_WITH_DEFAULTS:
+        inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+        model.graph.inputs.clear()
+        model.graph.inputs.extend(inputs)
+        model.ir_version = _IR_WITH_DEFAULTS
+    for value in (*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)):
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])
+
+
+def _check_defined(graph: ir.Graph | ir.Function, outer: Sequence[set[ir.Value]], where: str) -> None:
+    """Every value that is read is an input, a weight or an output of a node, here or in a graph around this one."""
+    own = set(graph.inputs)
+    if isinstance(graph, ir.Graph):
+        own.update(graph.initializers.values())
+    own.update(v for node in graph for v in node.outputs)
+    scopes = (*outer, own)
+
+    def check(value: ir.Value | None, reader: str) -> None:
+        if value is not None and not any(value in scope for scope in scopes):
+            raise GraphError(
+                f"{where} is not a valid ONNX model: {reader} reads {value.name!r}, which is no input, weight "
+                "or output of a node"
+            )
+
+    for node in graph:
+        for value in node.inputs:
+            check(value, f"{node.op_type} node {node.name or node.outputs[0].name!r}" if node.outputs else node.op_type)
+        for body in _bodies(node):
+            _check_defined(body, scopes, where)
+    for value in graph.outputs:
+        check(value, "an output of the graph")
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
+def _sort(model: ir.Model, where: str) -> None:
+    """Runtimes load nodes in any order, and some tools write one."""
+    if all(_is_sorted(graph) for graph in (model.graph, *model.graph.subgraphs())):
+        return
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise GraphError(f"{where} is not a valid ONNX model: its nodes form a cycle") from error
+
+
+def _is_sorted(graph: ir.Graph) -> bool:
+    seen: set[ir.Node] = set()
+    for node in graph:
+        producers = [
+            v.producer() for body in _bodies(node) for n in body.all_nodes() for v in n.inputs if v is not None
+        ]
+        producers += [v.producer() for v in node.inputs if v is not None]
+        if any(p is not None and p.graph is graph and p not in seen for p in producers):
+            return False
+        seen.add(node)
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

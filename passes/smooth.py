@@ -1,0 +1,164 @@
+"""SmoothQuant and RepQ-ViT: scale of outlier channels moves from activations into weights before `quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from annotated_types import Ge, Le
+from typing_extensions import override
+
+from onnxcomp.edit import Editor
+from onnxcomp.model import all_nodes
+from onnxcomp.passes._scale_folds import (
+    Linear,
+    Source,
+    direct_source,
+    explicit_source,
+    find_layer,
+    find_linear,
+    layer_sources,
+    unsuitable_reader,
+)
+from onnxcomp.passes._smooth_search import Layer, Method, search
+from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied, refused
+from onnxcomp.stats import ChannelRange, Group, Observer, RowSample
+
+_TREATED = "onnxcomp.smooth"  # metadata of a linear op for whose input a scale was searched
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Site:
+    """An activation and the linear ops that read it.
+
+    Attributes:
+        value: The activation.
+        linears: All ops that read it.
+        source: The norm before it that takes the scale, or why there is none.
+    """
+
+    value: ir.Value
+    linears: tuple[Linear, ...]
+    source: Source | str
+
+    @property
+    def channels(self) -> int:
+        """Length of the last axis."""
+        return len(self.linears[0].matrix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smooth(Pass):
+    """Scales, and where that is free shifts, each channel of the input of linear ops so that it quantizes better.
+
+    The inverse goes into what puts the activation out: the gamma and beta of a norm, in one op or decomposed into Mul
+    and Add; the columns of the value projection, which attention passes on; the columns of a layer before ReLU,
+    LeakyReLU or a gate that multiplies. The scale goes into the weights of all layers that read the activation, the
+    shift into their biases. The float function stays what it was, and nothing is added to the graph.
+
+    Behind a GELU there is no such place. With `explicit`, a Mul is inserted there if it pays.
+
+    Attributes:
+        method: `smoothquant` (Xiao et al., arXiv 2211.10438), `repq` (Li et al., arXiv 2212.08254), or `best`, which
+            tries both, SmoothQuant's scale of centred channels, and a scale of the widest channels alone, at every
+            activation.
+        alpha: SmoothQuant's exponent; searched for each activation if None.
+        activation_bits: As `quantize` will be told.
+        weight_bits: As `quantize` will be told.
+        rows: Rows of each activation that are sampled: half of them to choose by, half to decide whether to keep.
+        min_gain: Least relative fall of the held-out output error for a scale to be kept.
+        explicit: Insert a Mul where nothing takes the scale for free; it costs a pass over the tensor.
+        explicit_gain: Least relative fall of the held-out output error for a Mul to be inserted.
+    """
+
+    name: ClassVar[str] = "smooth"
+    summary: ClassVar[str] = "SmoothQuant and RepQ: outlier channels scaled into the weights, folded for free"
+
+    method: Method = "best"
+    alpha: Annotated[float, Ge(0.0), Le(1.0)] | None = None
+    activation_bits: Annotated[int, Ge(2), Le(8)] = 8
+    weight_bits: Annotated[int, Ge(2), Le(8)] = 8
+    rows: Annotated[int, Ge(32), Le(1 << 20)] = 2048
+    min_gain: Annotated[float, Ge(0.0), Le(1.0)] = 0.02
+    explicit: bool = False
+    explicit_gain: Annotated[float, Ge(0.0), Le(1.0)] = 0.8
+
+    @override
+    def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
+        return {
+            site.value.name or "": Group(RowSample(self.rows, seed=context.seed), ChannelRange())
+            for site in self._sites(model, [])
+            if self.explicit or not isinstance(site.source, str) or find_layer(model, site.value) is not None
+        }
+
+    @override
+    def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
+        edits: list[Edit] = []
+        sites = self._sites(model, edits)
+        behind = {s.value: found for s in sites if isinstance(s.source, str) and (found := find_layer(model, s.value))}
+        proven = layer_sources(model, context, behind, {s.value: s.channels for s in sites})
+        editor = Editor(model)
+        for site in sites:
+            source = proven.get(site.value, site.source)
+            if isinstance(source, str) and self.explicit:
+                source = explicit_source(site.value, [linear.node for linear in site.linears])
+            if isinstance(source, str):
+                edits += [refused(n.node, f"{source}; explicit = true may insert a Mul") for n in site.linears]
+            else:
+                edits += self._smooth(editor, site, source, context)
+        if any(e.action == "applied" for e in edits):
+            IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
+        return edits
+
+    def _smooth(self, editor: Editor, site: _Site, source: Source, context: Context) -> list[Edit]:
+        nodes = [linear.node for linear in site.linears]
+        seen = context.statistic(site.value.name or "", ChannelRange)
+        weight_bits = min(self.weight_bits, 7) if context.capabilities.reduce_range else self.weight_bits
+        layer = Layer(
+            rows=context.statistic(site.value.name or "", RowSample).sample,
+            low=seen.low,
+            high=seen.high,
+            weight=np.concatenate([linear.matrix for linear in site.linears], axis=1),
+            activation_bits=self.activation_bits,
+            weight_bits=weight_bits,
+            groups=source.groups,
+        )
+        alphas = [i / 20 for i in range(21)] if self.alpha is None else [self.alpha]
+        shifts = source.shifts and all(linear.bias is not None for linear in site.linears)
+        for node in nodes:
+            node.metadata_props[_TREATED] = self.method
+        found, ratio = search(layer, self.method, alphas, shifts=shifts, seed=context.seed)
+        needed = self.explicit_gain if source.costs else self.min_gain
+        if not ratio <= 1.0 - needed:
+            return [refused(node, f"no scale lowers the held-out output error by {needed:.0%}") for node in nodes]
+        source.divide(editor, found.scale, found.shift)
+        for linear in site.linears:
+            linear.scale_inputs(editor, found.scale, found.shift)
+        detail = f"{found.label}, {source.place}; held-out output error x {ratio:.3f}"
+        return [applied(node, detail) for node in nodes]
+
+    def _sites(self, model: ir.Model, edits: list[Edit]) -> list[_Site]:
+        readers: dict[ir.Value, list[Linear]] = {}
+        for node in all_nodes(model):
+            if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or not self.where(node):
+                continue
+            linear = find_linear(model, node)
+            if _TREATED in node.metadata_props:
+                edits.append(refused(node, "a scale was searched for its input already"))
+            elif isinstance(linear, str):
+                edits.append(refused(node, linear))
+            elif (value := node.inputs[0]) is not None:
+                readers.setdefault(value, []).append(linear)
+        sites: list[_Site] = []
+        for value, linears in readers.items():
+            unfit = unsuitable_reader(value, [linear.node for linear in linears])
+            if unfit is not None:
+                edits += [refused(linear.node, unfit) for linear in linears]
+                continue
+            source = direct_source(value, len(linears[0].matrix))
+            sites.append(_Site(value=value, linears=tuple(linears), source=source))
+        return sites
