@@ -7,16 +7,26 @@ from onnxcomp.verbs.inspection import doctor, inspect, list_ops, list_passes, li
 from onnxcomp.verbs.legalization import legalize
 from onnxcomp.verbs.measuring import compare, profile
 from onnxcomp.verbs.resolve import ModelLike, RecipeLike, Shapes
-from onnxcomp.verbs.results import Inspection, Legalization, Profile, RewriteResult
+from onnxcomp.verbs.results import (
+    Inspection,
+    LayerSensitivity,
+    Legalization,
+    Profile,
+    RewriteResult,
+    Sensitivity,
+)
 from onnxcomp.verbs.rewriting import compile, export, rewrite
+from onnxcomp.verbs.sensing import sensitivity
 
 __all__ = [
     "Inspection",
+    "LayerSensitivity",
     "Legalization",
     "ModelLike",
     "Profile",
     "RecipeLike",
     "RewriteResult",
+    "Sensitivity",
     "Shapes",
     "compare",
     "compile",
@@ -31,4 +41,5 @@ __all__ = [
     "list_targets",
     "profile",
     "rewrite",
+    "sensitivity",
 ]

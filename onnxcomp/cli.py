@@ -19,6 +19,8 @@ from onnxcomp import __version__, cli_render
 from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
     Calibrate,
+    CalibrationData,
+    Compared,
     DataSource,
     DryRun,
     EvalData,
@@ -37,6 +39,7 @@ from onnxcomp.cli_options import (
     OutputFolder,
     Rewriting,
     SameSqnr,
+    Samples,
     Seed,
     Selectors,
     SomeSamples,
@@ -147,6 +150,32 @@ def legalize(
     cli_render.legalization(result, as_json)
     if not result.accepted:
         fail(f"SQNR is {result.fidelity.worst_sqnr:.1f} dB, below --min-sqnr {min_sqnr}; nothing was written")
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    *,
+    data: CalibrationData,
+    target: TargetName = "ort-cpu",
+    samples: Samples = 32,
+    compared: Compared = 8,
+    measure: Measure = True,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize each linear op alone, and show what the outputs lose and what time the op saves."""
+    from onnxcomp import api
+
+    _warn_of_random(data)
+    with working(as_json) as progress:
+        result = api.sensitivity(
+            model, data=data, target=target, samples=samples, compared=compared, measure=measure, threads=threads,
+            seed=seed, shapes=shapes(inputs), progress=progress,
+        )  # fmt: skip
+    cli_render.sensitivity(result, as_json)
 
 
 @app.command("compile")

@@ -33,6 +33,8 @@ DataSource = Annotated[
     str | None,
     typer.Option("--data", "-d", help=".npz, folder of .npz/.npy, test_data_set_*, module:function, or 'random'."),
 ]
+CalibrationData = Annotated[str, typer.Option("--data", "-d", help="Calibration data.")]
+Compared = Annotated[int, typer.Option("--compare", min=1, help="Samples that outputs are compared on.")]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Else --data is split in two.")]
 Feeds = Annotated[str, typer.Option("--data", "-d", help="Evaluation data.")]
 OneFeed = Annotated[str, typer.Option("--data", "-d", help="The first sample is run.")]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from onnxcomp.api import Inspection, Legalization, Profile, RewriteResult
+    from onnxcomp.api import Inspection, Legalization, Profile, RewriteResult, Sensitivity
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
     from onnxcomp.profile import Ratio
@@ -207,6 +207,27 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
     if worst:
         _table(("worst layers", "op", "SQNR dB"), [(w.node, w.op_type, f"{w.sqnr:.1f}") for w in worst])
     _print(f"{found.samples} samples of {found.data}")
+
+
+def sensitivity(found: Sensitivity, as_json: bool) -> None:
+    """Prints what each layer costs, the costliest first."""
+    if as_json:
+        _json(found)
+        return
+    rows = [
+        (x.node, x.op_type, f"{x.sqnr:.1f}", f"{x.flips:.0%}", _microseconds(x.float_microseconds),
+         _microseconds(x.integer_microseconds))
+        for x in found.layers
+    ]  # fmt: skip
+    _table(("quantized alone", "op", "SQNR dB", "top-1 moved", "us float", "us integer"), rows)
+    _print(
+        f"all {len(rows)} together: SQNR {found.sqnr:.1f} dB, top-1 moved in {found.flips:.0%} of "
+        f"{found.samples} samples ({found.target})"
+    )
+
+
+def _microseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _optional(value: float | None) -> str:

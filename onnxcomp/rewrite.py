@@ -225,11 +225,16 @@ class Pipeline:
             CalibrationError: If a pass observes and there is no data.
             PassError: If a pass fails; the message names it.
         """
-        context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner, timer=self.timer)
-        if data is not None and self.runner is not None:
-            context = replace(context, sample=next(iter(data), None))
+        context = self.context(data)
         known = _complaint(model) if self.check != "none" else None
         return tuple(self._run_pass(p, model, context, data, known, progress) for p in self.passes)
+
+    def context(self, data: Iterable[Feed] | None = None) -> Context:
+        """What passes may know before any of them runs."""
+        context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner, timer=self.timer)
+        if data is None or self.runner is None:
+            return context
+        return replace(context, sample=next(iter(data), None), sweep=_sweep_over(data, self.runner, None))
 
     def _run_pass(
         self,

@@ -125,3 +125,43 @@ class Profile:
     ratio: Ratio | None
     node_times: tuple[NodeTime, ...]
     peak_memory: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """What one linear op costs and saves when it alone is quantized.
+
+    Attributes:
+        node: Its name.
+        op_type: Its op type.
+        sqnr: SQNR of the worst output of the model, in dB.
+        flips: Share of samples for which an output's largest element is another one.
+        float_microseconds: Its time in the float model; None if not measured or not found.
+        integer_microseconds: Its time in the model that is quantized as a whole.
+    """
+
+    node: str
+    op_type: str
+    sqnr: float
+    flips: float
+    float_microseconds: float | None
+    integer_microseconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What quantizing each linear op alone does to the outputs of a model.
+
+    Attributes:
+        target: Name of the target.
+        samples: Feeds that outputs were compared on.
+        sqnr: SQNR of the worst output when everything is quantized, in dB.
+        flips: Share of samples whose largest element moves then.
+        layers: One row a linear op, the costliest first.
+    """
+
+    target: str
+    samples: int
+    sqnr: float
+    flips: float
+    layers: tuple[LayerSensitivity, ...]

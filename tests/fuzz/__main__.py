@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ def main() -> int:
     return _supervise([options.kind] if options.kind else list(KINDS), options.start, options.minutes)
 
 
-def run_case(kind: str, number: int, folder: Path) -> str:
-    """Runs one case.
+def run_case(kind: str, number: int, folder: Path, stage: Callable[[str], object] = str) -> str:
+    """Runs one case; `stage` as in `check_model`.
 
     Returns:
         `same`, `refused` or `invalid`.
@@ -58,7 +59,7 @@ def run_case(kind: str, number: int, folder: Path) -> str:
     random = np.random.default_rng([KINDS.index(kind), number])
     if kind == "graph":
         model, feeds = random_model(lambda bound: int(random.integers(bound)), 4 + number % 20)
-        return check_model(model, feeds, folder, external=bool(number % 5 == 4))
+        return check_model(model, feeds, folder, external=number % 5 == 4, stage=stage)
     return check_file(mutate(_source(number, random), random), folder)
 
 
@@ -77,7 +78,8 @@ def _work(kind: str, start: int, log: Path) -> int:
         for number in range(start, start + BATCH):
             file.write(f"at {number}\n")
             try:
-                file.write(f"{run_case(kind, number, Path(folder))} {number}\n")
+                outcome = run_case(kind, number, Path(folder), lambda name: file.write(f"stage {name}\n"))
+                file.write(f"{outcome} {number}\n")
             except BaseException as error:  # all that comes out is a finding
                 frames = [f for f in traceback.extract_tb(error.__traceback__) if "/tests/" not in f.filename]
                 where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-1:-4:-1])
@@ -124,18 +126,22 @@ def _batch(kind: str, first: int, end: float, counts: Counter[str], findings: li
                     worker.wait()
             if not ended and worker.returncode:
                 ended = f"worker died with code {worker.returncode}"
-        at = first
+        at, stage = first, ""
         for line in log.read_text().splitlines():
             word, _, rest = line.partition(" ")
             if word == "at":
                 at = int(rest)
+            elif word == "stage":
+                stage = rest
             elif word == "FOUND":
                 counts[f"{kind} FOUND"] += 1
                 findings.append(rest)
                 print(f"{kind}:{rest}", flush=True)
             else:
                 counts[f"{kind} {word}"] += 1
-    if ended and ended != "time is up":
+    if ended.startswith("worker died") and stage == "original":
+        counts[f"{kind} invalid"] += 1  # onnxruntime aborts on the model as it was
+    elif ended and ended != "time is up":
         counts[f"{kind} FOUND"] += 1
         findings.append(ended)
         print(f"{kind}:{at} {ended}", flush=True)

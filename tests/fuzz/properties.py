@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,21 @@ RTOL = 1e-3
 """Of the largest magnitude of an output; a fold adds roundings, and random graphs may lose digits by cancellation."""
 
 
-def check_model(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]], folder: Path, external: bool) -> str:
+def check_model(
+    model: onnx.ModelProto,
+    feeds: Sequence[dict[str, np.ndarray]],
+    folder: Path,
+    external: bool,
+    stage: Callable[[str], object] = str,
+) -> str:
     """Cleans up and quantizes a valid model.
+
+    Args:
+        model: The model.
+        feeds: What it is run with; the first one has the inputs that have no default.
+        folder: For its files.
+        external: Whether weights lie beside the model.
+        stage: Told `original` before onnxruntime is given the original, which may abort the process, and `ours` after.
 
     Returns:
         `invalid` if onnxruntime does not run it, else what became of it: `same`, or `refused`.
@@ -30,11 +43,13 @@ def check_model(model: onnx.ModelProto, feeds: Sequence[dict[str, np.ndarray]], 
     data = {"save_as_external_data": True, "location": "model.bin", "size_threshold": 16} if external else {}
     (folder / "model.bin").unlink(missing_ok=True)
     onnx.save(model, path, **data)  # type: ignore[arg-type]
+    stage("original")
     try:
         before = run_all(path, feeds)
         run_all(path, feeds, optimize=True)
     except Exception:  # onnxruntime's exceptions have no common root
         return "invalid"
+    stage("ours")
     if not all(np.isfinite(o).all() for outputs in before for o in outputs):
         return "invalid"
     refused = False

@@ -1,6 +1,6 @@
 """Static int8 of EfficientNet-Lite0: ours and onnxruntime's own, same pictures, one run.
 
-    python -m benchmarks.int8_cnn [--rounds 100]
+    python -m examples.efficientnet.against_ort [--rounds 100]
 
 Each quantizer runs in a process of its own, whose CPU seconds and peak memory are taken. Then all models are timed
 interleaved on one thread, and compared with the float model on pictures that calibration did not see.

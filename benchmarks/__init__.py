@@ -1,1 +1,0 @@
-"""Figures for the README: what is compared runs in one process, on data that calibration did not see."""
