@@ -5,7 +5,6 @@ Nodes that the optimizer is known to get wrong are hidden from it, and rules tha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -78,7 +77,7 @@ class Simplify(ir.passes.InPlacePass):
         for rule in chosen:
             try:
                 RewriteRuleSet([rule]).apply_to_model(model)
-            except Exception as error:  # whatever a rule trips over
+            except Exception as error:  # noqa: PERF203 - whatever a rule trips over
                 self.failed.append(f"rule {rule.name!r} cannot cope with this model: {error}")
 
 
@@ -127,7 +126,7 @@ def _rules(opset: int) -> list[RewriteRule]:
 
 @contextmanager
 def hidden(model: ir.Model) -> Iterator[None]:
-    """Gives nodes that optimizers get wrong an op type of their own meanwhile, so that nobody touches or merges them."""
+    """Gives nodes that optimizers get wrong an op type of their own meanwhile, so that they are left alone."""
     opset = model.opset_imports.get("", 1)
     names = {n: n.op_type for n in all_nodes(model) if _gets_wrong(n, opset)}
     try:

@@ -209,7 +209,7 @@ def constant(value: ir.Value | None) -> Array | None:
 
 @contextmanager
 def defaults_hidden(model: ir.Model) -> Iterator[None]:
-    """Takes the default values of graph inputs away meanwhile: a caller may override them, so they are not constants."""
+    """Takes the default values of graph inputs away meanwhile: a caller may override them, so they are no constants."""
     graph = model.graph
     defaults = [(v, v.const_value) for v in graph.inputs if v.is_initializer() and v.const_value is not None]
     try:

@@ -27,6 +27,9 @@ from onnxcomp.target import TensorSpec
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Models whose weights exceed this many bytes are saved with external data; protobuf ends at 2 GiB."""
 
+_KEPT_OUTSIDE = 1 << 29
+"""Weights above this many bytes stay outside if they were: as one file they would be in memory four times over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
@@ -81,15 +84,17 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Writes a model atomically: a reader sees the old file or the new one, never a part.
 
-    Weights above `EXTERNAL_THRESHOLD` bytes go into `<name>.data` beside the model; if the model that is replaced uses
-    that name, into `<name>.1.data`, and the old file is removed at the end. So a model may be saved over the file that
-    it was loaded from. Its weights that are still on disk are then those of a file that is gone: load it anew.
+    Weights above `EXTERNAL_THRESHOLD` bytes, or half a gigabyte if some of them lie on disk already, go into
+    `<name>.data` beside the model; if the model that is replaced uses that name, into `<name>.1.data`, and the old file
+    is removed at the end. So a model may be saved over the file that it was loaded from. Its weights that are still on
+    disk are then those of a file that is gone: load it anew.
 
     Raises:
         GraphError: If the folder does not exist or cannot be written.
     """
     path = Path(path)
-    external = weight_bytes(model) > EXTERNAL_THRESHOLD
+    size = weight_bytes(model)
+    external = size > EXTERNAL_THRESHOLD or (size > _KEPT_OUTSIDE and _has_external(model))
     try:
         if not path.parent.is_dir():
             raise GraphError(f"cannot write {path}: there is no folder {path.parent}")
@@ -105,6 +110,10 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         raise GraphError(f"cannot write {path}: {error.strerror or error}") from error
     except ir.serde.SerdeError as error:
         raise GraphError(f"cannot write {path}: {_first_line(root_cause(error))}") from error
+
+
+def _has_external(model: ir.Model) -> bool:
+    return any(isinstance(v.const_value, ir.ExternalTensor | ir.LazyTensor) for v in initializers(model))
 
 
 def _save_external(model: ir.Model, temporary: Path, path: Path) -> None:

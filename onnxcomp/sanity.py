@@ -24,8 +24,8 @@ def make_sane(model: ir.Model, where: str) -> None:
         where: What messages call it.
 
     Raises:
-        GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, or there is something
-            in it that cannot be written again.
+        GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, a tensor has no type,
+            or there is something in it that cannot be written again.
     """
     if not model.graph.outputs:
         raise GraphError(f"{where} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
@@ -34,6 +34,9 @@ def make_sane(model: ir.Model, where: str) -> None:
     for function in model.functions.values():
         _check_defined(function, (), where)
     _sort(model, where)
+    for tensor in _tensors(model):
+        if tensor.dtype == ir.DataType.UNDEFINED:
+            raise GraphError(f"{where} is not a valid ONNX model: tensor {tensor.name!r} has no element type")
     try:
         skeleton(model)
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs
@@ -76,6 +79,16 @@ def _check_defined(graph: ir.Graph | ir.Function, outer: Sequence[set[ir.Value]]
             _check_defined(body, scopes, where)
     for value in graph.outputs:
         check(value, "an output of the graph")
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
+    nodes = (n for function in model.functions.values() for n in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *nodes):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield attribute.value
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:

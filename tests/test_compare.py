@@ -307,3 +307,15 @@ def test_layers_need_data_that_can_be_read_again() -> None:
     with pytest.raises(DataError, match="at least one at a time, not 0"):
         compare_layers(a, a, CountingRunner(), feeds(1), limit=0)
     assert len(compare_layers(a, a, CountingRunner(), iter(feeds(1)))) == 2
+
+
+@pytest.mark.parametrize("which", ["reference", "other model"])
+def test_an_output_that_is_no_tensor_is_refused(which: str) -> None:
+    tensor, sequence = np.ones((1, 4), np.float32), [np.ones((1, 4), np.float32)]
+
+    def run(value: object) -> Run:
+        return lambda feed: {"y": value}  # type: ignore[dict-item]
+
+    runs = (run(sequence), run(tensor)) if which == "reference" else (run(tensor), run(sequence))
+    with pytest.raises(GraphError, match=f"output 'y' of the {which} is a list, not a tensor"):
+        compare(*runs, [{"x": tensor}], data_name="d")

@@ -69,7 +69,9 @@ def measured(work: Callable[[Path, Path, Path], None], source: Path, out: Path, 
 def _report(work: Callable[[Path, Path, Path], None], source: Path, out: Path, data: Path, queue: object) -> None:
     work(source, out, data)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    queue.put((used.ru_utime + used.ru_stime, used.ru_maxrss / 1024))  # type: ignore[attr-defined]
+    # Not ru_maxrss, which starts with the memory of the process that started this one.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    queue.put((used.ru_utime + used.ru_stime, int(peak.split()[1]) / 1024))  # type: ignore[attr-defined]
 
 
 def main() -> None:

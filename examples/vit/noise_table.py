@@ -120,7 +120,7 @@ def _latency() -> None:
     shape = {"image": (1, 3, 224, 224)}
     plain = _rewritten(Cleanup(), Quantize())
     for form, where in (("folded", Select(skip=("*fc2*",))), ("explicit", Select(name=("*fc2*",)))):
-        noise = NoisyBias(method="channel", min_gain=0.0, where=where)
+        noise = NoisyBias(method="channel", min_gain=0.0, where=where, explicit=form == "explicit")
         noisy = _rewritten(Cleanup(), Quantize(), noise)
         more = len(noisy.graph) - len(plain.graph)
         found = api.profile(noisy, plain, threads=1, repeat=100, shapes=shape).ratio

@@ -18,13 +18,11 @@ from onnxcomp.verbs.resolve import RecipeLike, as_recipe
 Notice: TypeAlias = Callable[[str], None]
 """Told, before long work begins, what the reader has to know."""
 
-_ENCODER = "int8"  # with smoothing: "int8_smooth"
-
 _INTEGER = "its linear layers have integer kernels"
 _DYNAMIC = "LSTM has integer kernels for dynamic ranges only; GRU stays in float"
 _RECIPES: Mapping[KindName, tuple[str, str]] = {
     "cnn": ("int8", "int8 with a weight scale a channel takes half the time of float and keeps 19 dB SQNR"),
-    "transformer-encoder": (_ENCODER, _INTEGER),
+    "transformer-encoder": ("int8_smooth", f"{_INTEGER}, and outlier channels are scaled into the weights"),
     "decoder-lm": (
         "weight_only8",
         "static int8 of a decoder costs its language (perplexity 3.4 -> 40,335), 8-bit weights next to nothing (3.49)",

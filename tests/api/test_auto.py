@@ -18,7 +18,7 @@ from onnxcomp.verbs.choosing import choose
 
 RECIPES = {
     "cnn": "int8",
-    "transformer-encoder": "int8",
+    "transformer-encoder": "int8_smooth",
     "decoder-lm": "weight_only8",
     "recurrent": "dynamic_int8",
     "recurrent-streaming": "dynamic_int8",
@@ -43,7 +43,7 @@ def test_recipes_that_need_no_data(kind):
 
 @pytest.mark.parametrize("kind", ["cnn", "transformer-encoder", "mixed", "other"])
 def test_recipes_that_calibrate(kind):
-    with pytest.raises(CalibrationError, match=f"recipe 'int8', chosen for a model of kind {kind}, calibrates"):
+    with pytest.raises(CalibrationError, match=f"recipe '{RECIPES[kind]}', chosen for a model of kind {kind}, calibrates"):
         choose("auto", kinds.KINDS[kind][0][1](), data=False)
 
 

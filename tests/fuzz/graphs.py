@@ -103,7 +103,7 @@ def random_model(draw: Callable[[int], int], steps: int) -> tuple[onnx.ModelProt
         draw: Gives an integer from 0 up to its argument, the argument left out.
         steps: Most ops to add.
     """
-    from tests.fuzz.ops import MAKERS
+    from tests.fuzz.blocks import MAKERS
 
     graph = Graph(draw, OPSETS[draw(len(OPSETS))])
     shapes = [graph.pick([(2, 4), (3, 4, 4), (1, 4, 6, 6), (2, 3, 5, 5)]) for _ in range(1 + draw(2))]

@@ -25,14 +25,14 @@ def test_conv_and_matmul_read_one_tensor(size, run_passes, outputs):
     conv = b.op("Conv", x, b.floats(4, 4, 1, 1), b.floats(4))
     product = b.op("Add", b.op("MatMul", x, b.floats(size, 5)), b.floats(5))
     model = b.output(conv).output(product).model()
-    shift = np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1)  # every channel of the Conv has a mean of its own
+    shift = np.array([8, -4, 2, 0], np.float32).reshape(1, 4, 1, 1)  # every channel of the Conv has a mean of its own
     feed = {"x": data(1, 4, 4, size) + shift}
     expected = outputs(model, feed)
     run_passes(model, Quantize(weight_bits=4, activation_bits=8), data=[feed])
     for want, found in zip(expected, outputs(model, feed), strict=True):
         axes = (0, 2, 3) if want.shape[1] == 4 and want.shape[3] == size else (0, 1, 2)
         drift = np.abs((found - want).mean(axis=axes)).max()
-        assert drift < 0.02 * np.abs(want).max(), "the mean of every output channel is kept"
+        assert drift < 0.01 * np.abs(want).max(), "the mean of every output channel is kept"
 
 
 def test_layer_whose_weights_are_all_zero(run_passes, outputs):
