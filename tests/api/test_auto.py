@@ -43,7 +43,9 @@ def test_recipes_that_need_no_data(kind):
 
 @pytest.mark.parametrize("kind", ["cnn", "transformer-encoder", "mixed", "other"])
 def test_recipes_that_calibrate(kind):
-    with pytest.raises(CalibrationError, match=f"recipe '{RECIPES[kind]}', chosen for a model of kind {kind}, calibrates"):
+    with pytest.raises(
+        CalibrationError, match=f"recipe '{RECIPES[kind]}', chosen for a model of kind {kind}, calibrates"
+    ):
         choose("auto", kinds.KINDS[kind][0][1](), data=False)
 
 
