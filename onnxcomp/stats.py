@@ -256,11 +256,16 @@ class Moments(Observer):
 
     Args:
         axis: Channel axis; None summarises the whole tensor.
+
+    Attributes:
+        count: Values of a channel seen.
+        shape: Shape of the last array seen.
     """
 
     def __init__(self, axis: int | None = None) -> None:
         self.axis = axis
         self.count = 0
+        self.shape: tuple[int, ...] = ()
         self._sum: Array = np.zeros(())
         self._square: Array = np.zeros(())
 
@@ -285,6 +290,7 @@ class Moments(Observer):
             _finite(x)
         self._sum, self._square = self._sum + total, self._square + square
         self.count += x.size // max(total.size, 1)
+        self.shape = x.shape
 
     @override
     def merge(self, other: Moments) -> None:

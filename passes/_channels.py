@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.edit import attribute, constant
 from onnxcomp.passes._placement import Linear
@@ -21,21 +22,46 @@ def input_norms(linear: Linear) -> tuple[Array, int]:
     return _by_input(linear, weight.astype(np.float64) ** 2).sum(axis=1).reshape(-1), channel_axis(linear)
 
 
-def mean_shift(linear: Linear, change: Array, mean: Array) -> Array:
+def mean_shift(linear: Linear, change: Array, mean: Array, shape: tuple[int, ...] = ()) -> Array:
     """Mean that `change` of the weight adds to each output channel.
-
-    Where a Conv pads, the zeros of the border are not accounted for.
 
     Args:
         linear: The op.
         change: Array in the shape of the weight.
         mean: Mean of each input channel, shape `(inputs,)`.
+        shape: Of the input, for a Conv: where it pads, a tap reads zeros at some positions.
 
     Returns:
         Shape `(outputs,)`, float64.
     """
-    by_input = _by_input(linear, change.astype(np.float64))
+    change = change.astype(np.float64)
+    if linear.node.op_type == "Conv":
+        for axis, size in enumerate(shape[2:]):
+            inside = _share_inside(linear.node, axis, size, change.shape[2 + axis])
+            change = change * inside.reshape(-1, *(1,) * (len(shape) - 3 - axis))
+    by_input = _by_input(linear, change)
     return np.asarray(np.einsum("goi,gi->go", by_input, mean.reshape(len(by_input), -1)).reshape(-1))
+
+
+def _share_inside(node: ir.Node, axis: int, size: int, kernel: int) -> Array:
+    """For each tap of a kernel along one spatial axis, the share of output positions at which it reads no padding."""
+
+    def setting(name: str) -> int:
+        values = attribute(node, name, None)
+        return 1 if values is None else int(values[axis])
+
+    stride, dilation, auto = setting("strides"), setting("dilations"), attribute(node, "auto_pad", "NOTSET")
+    extent = (kernel - 1) * dilation + 1
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        outputs = -(-size // stride)
+        total = max((outputs - 1) * stride + extent - size, 0)
+        before = total // 2 if auto == "SAME_UPPER" else total - total // 2
+    else:
+        pads = attribute(node, "pads", None) if auto == "NOTSET" else None
+        before, after = (0, 0) if pads is None else (int(pads[axis]), int(pads[axis + len(pads) // 2]))
+        outputs = max((size + before + after - extent) // stride + 1, 1)
+    position = np.arange(outputs) * stride - before + np.arange(kernel)[:, None] * dilation
+    return np.asarray(((position >= 0) & (position < size)).mean(axis=1))
 
 
 def _by_input(linear: Linear, array: Array) -> Array:

@@ -46,8 +46,8 @@ class Quantize(Pass):
         output_aware: With `range = "mse"`, weighs the error of each input channel of a linear op by the squared norm of
             the weights that read it, so that the error of the op's output is minimised and not that of its input.
         per_channel: One weight scale for each output channel instead of one for the tensor.
-        bias_correction: Takes the mean error that rounding the weights puts on each output channel off the bias again,
-            from the observed means of the inputs (Nagel et al., arXiv 1906.04721, section 4.2). Costs nothing at run
+        bias_correction: Takes the mean error that rounded weights and inputs put on each output channel off the bias
+            again, from observed means of the inputs (Nagel et al., arXiv 1906.04721, section 4.2). Costs nothing at run
             time; a MatMul that no constant Add follows has no bias to correct.
         symmetric: Zero point of activations in the middle of the levels, except behind a folded ReLU.
         bins: Bins of the histograms.
@@ -96,8 +96,9 @@ class Quantize(Pass):
         grids = {v: self._grid(context, pair.observed, pair.observed in unsigned) for v, pair in todo.pairs.items()}
         editor = Editor(model)
         edits = list(todo.refusals)
-        scales = _input_scales(todo, grids)
-        edits += [self._quantize_linear(editor, linear, scales[linear.input], context) for linear in todo.linears]
+        inputs = _input_grids(todo, grids)
+        rounded = self._rounded_means(model, todo, inputs, context)
+        edits += [self._quantize_linear(editor, x, inputs[x.input].scale, rounded, context) for x in todo.linears]
         edits.extend(applied(node, "inputs and output quantized") for node in todo.elementwise)
         for value, pair in todo.pairs.items():
             if pair.folded is not None:
@@ -121,6 +122,7 @@ class Quantize(Pass):
         editor: Editor,
         linear: Linear,
         input_scale: Array,
+        rounded: Mapping[tuple[str, int], Array],
         context: Context,
     ) -> Edit:
         weight, bias = constant(linear.weight), constant(linear.bias)
@@ -133,7 +135,7 @@ class Quantize(Pass):
         linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
         each = "channel" if self.per_channel else "tensor"
         detail = f"input {self.activation_bits} bit, weight {bits} bit per {each}"
-        shift = self._correction(linear, weight, grid, context)
+        shift = self._correction(linear, weight, grid, rounded, context)
         if linear.bias is not None and linear.bias_user is not None and bias is not None:
             scale = np.asarray(input_scale * grid.scale, np.float32)
             integers = quantize_bias(editor, linear.bias, bias.reshape(-1) + shift, scale, linear.bias_user)
@@ -144,15 +146,35 @@ class Quantize(Pass):
             detail += ", bias int32 added"
         return applied(linear.node, detail)
 
-    def _correction(self, linear: Linear, weight: Array, grid: Grid, context: Context) -> Array:
-        """What to add to the bias, shape `(outputs,)`, so that rounding the weight keeps the mean output."""
+    def _rounded_means(
+        self, model: ir.Model, todo: Plan, grids: Mapping[ir.Value, Grid], context: Context
+    ) -> dict[tuple[str, int], Array]:
+        """Mean of each channel of the inputs after quantization, by name and channel axis."""
+        if not self.bias_correction or context.sweep is None:
+            return {}
+        wanted: dict[str, dict[int, Rounded]] = {}
+        for linear in todo.linears:
+            grid, axis = grids[linear.input], channel_axis(linear)
+            wanted.setdefault(linear.input.name or "", {}).setdefault(axis, Rounded(axis, grid))
+        context.sweep(model, {name: Group(*parts.values()) for name, parts in wanted.items()})
+        return {(name, axis): part.mean for name, parts in wanted.items() for axis, part in parts.items()}
+
+    def _correction(
+        self, linear: Linear, weight: Array, grid: Grid, rounded: Mapping[tuple[str, int], Array], context: Context
+    ) -> Array:
+        """What to add to the bias, shape `(outputs,)`, so that quantization keeps the mean output."""
         if not self.bias_correction:
             return np.zeros(weight.shape[linear.channel_axis])
-        context.statistic(linear.input.name or "", Moments)
-        group = context.statistics[linear.input.name or ""]
+        name, axis = linear.input.name or "", channel_axis(linear)
+        context.statistic(name, Moments)
+        group = context.statistics[name]
         assert isinstance(group, Group)
-        means = {m.axis: m.mean for m in group.parts if isinstance(m, Moments)}
-        return mean_shift(linear, weight - grid.round_trip(weight), means[channel_axis(linear)])
+        moments = {m.axis: m for m in group.parts if isinstance(m, Moments)}[axis]
+        mean, stored = moments.mean, grid.round_trip(weight)
+        shift = mean_shift(linear, weight - stored, mean, moments.shape)
+        if (name, axis) in rounded:
+            shift = shift + mean_shift(linear, stored, mean - rounded[name, axis], moments.shape)
+        return shift
 
 
 def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
@@ -176,13 +198,33 @@ def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:
     return found
 
 
-def _input_scales(todo: Plan, grids: Mapping[ir.Value, Grid]) -> dict[ir.Value, Array]:
-    """Scale of the tensor that each linear op reads: a folded activation's output is kept under the value before it."""
-    scales = {value: grid.scale for value, grid in grids.items()}
+def _input_grids(todo: Plan, grids: Mapping[ir.Value, Grid]) -> dict[ir.Value, Grid]:
+    """Grid of the tensor that each linear op reads: a folded activation's output is kept under the value before it."""
+    found = dict(grids)
     for value, pair in todo.pairs.items():
         if pair.folded is not None:
-            scales[pair.folded.outputs[0]] = grids[value].scale
-    return scales
+            found[pair.folded.outputs[0]] = grids[value]
+    return found
+
+
+class Rounded(Moments):
+    """Moments of values after quantization.
+
+    Args:
+        axis: Channel axis.
+        grid: Per-tensor grid.
+    """
+
+    def __init__(self, axis: int, grid: Grid) -> None:
+        super().__init__(axis)
+        self._scale = np.float32(grid.scale)
+        self._limits = np.float32(grid.low), np.float32(grid.high)
+
+    @override
+    def update(self, x: Array) -> None:
+        rounded = np.rint(x / self._scale)
+        rounded *= self._scale
+        super().update(np.clip(rounded, *self._limits, out=rounded))
 
 
 def _with_room_for_bias(grid: Grid, bias: Array, input_scale: Array) -> Grid:

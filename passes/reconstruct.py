@@ -15,8 +15,6 @@ from onnxcomp.passes._integers import Problem, Search, choose_integers, round_ro
 from onnxcomp.rewrite import Context, Edit, Pass
 from onnxcomp.target import Array
 
-_RIDGES = (0.003, 0.03, 0.3, 3.0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct(Pass):
@@ -28,8 +26,8 @@ class Reconstruct(Pass):
     quantized model. Otherwise this is as `gptq`, which it includes.
 
     Attributes:
-        ridge: Holds the weight where it was; relative to the mean second moment of x'. If None, the value that serves
-            the held-out samples best is taken for each layer: many inputs and little data need more.
+        ridge: Holds the weight where it was; relative to the mean second moment of x'. With less, layers
+            come closer to their outputs on data like that of the calibration, and the model as a whole may do worse.
         rounding: `gptq` lets columns make up for each other's errors; `nearest` does not.
         damp: As for `gptq`.
         act_order: As for `gptq`.
@@ -41,7 +39,7 @@ class Reconstruct(Pass):
     name: ClassVar[str] = "reconstruct"
     summary: ClassVar[str] = "refits weights to quantized inputs by ridge regression, then rounds them by GPTQ"
 
-    ridge: Annotated[float, Gt(0.0)] | None = None
+    ridge: Annotated[float, Gt(0.0)] = 0.1
     rounding: Literal["nearest", "gptq"] = "gptq"
     damp: Annotated[float, Gt(0.0)] = 0.01
     act_order: bool = True
@@ -64,9 +62,7 @@ class Reconstruct(Pass):
     def _solve(self, problem: Problem) -> Array:
         columns = problem.weight.shape[-1]
         gram, cross = problem.gram[:, :columns, :columns], problem.gram[:, columns:, :columns]
-        ridges = _RIDGES if self.ridge is None else (self.ridge,)
-        weights = [problem.weight + refit(problem.weight, gram, cross, ridge) for ridge in ridges]
-        refitted = min(weights, key=lambda weight: float(problem.held_out_errors(weight).sum()))
+        refitted = problem.weight + refit(problem.weight, gram, cross, self.ridge)
         if self.rounding == "nearest":
             return problem.nearest(refitted)
         return round_rows(problem, refitted, gram, damp=self.damp, act_order=self.act_order)
