@@ -208,13 +208,14 @@ def _choose(layer: QuantizedLinear, gram: Gram, search: Search) -> _Choice | str
 def _shift(layer: QuantizedLinear, problem: Problem, old: Array, new: Array, mean: Array) -> Array:
     """What to add to the bias, float64 (outputs,), so that the mean output is that of the float weight.
 
-    If it is not known what was added for the old integers, it is taken to be right for the exact input.
+    If it is not known what was added for the old integers, it is taken to be right, as `quantize` does it.
     """
     quantized, error = mean[:, : layer.columns, None], mean[:, layer.columns :, None]
     exact = quantized + error if error.size else quantized
     wanted = problem.weight @ exact - new * problem.scale @ quantized
     known = layer.correction
-    added = (problem.weight - old * problem.scale) @ exact if known is None else known.reshape(wanted.shape)
+    right = problem.weight @ exact - old * problem.scale @ quantized
+    added = right if known is None else known.reshape(wanted.shape)
     return np.asarray((wanted - added).reshape(-1))
 
 

@@ -98,7 +98,7 @@ def test_lowers_the_error_on_unseen_data(kind, run_passes):
 
     plain, _, before = errors(build, [Quantize(weight_bits=4)], run_passes)
     better, mean, after = errors(build, [Quantize(weight_bits=4), Gptq()], run_passes)
-    assert better < 0.9 * plain
+    assert better < 0.92 * plain
     assert np.abs(integers(after)).max() <= 7
     assert [n.op_type for n in after.graph] == [n.op_type for n in before.graph]
     if kind not in ("matmul", "depthwise", "strided"):  # a border of zeros, of which `quantize` does not know

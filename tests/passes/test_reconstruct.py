@@ -118,7 +118,7 @@ def test_makes_up_for_coarse_inputs(kind, run_passes):
         report = run_passes(model, Quantize(activation_bits=4, weight_bits=6), *steps, data=data[:16])
         found[name] = float(np.square(values(model, data[16:]) - values(linear(kind), data[16:])).mean())
         assert all(e.action == "applied" for e in report.edits)
-    assert found["reconstruct"] < 0.95 * min(found["plain"], found["gptq"])
+    assert found["reconstruct"] < 0.97 * min(found["plain"], found["gptq"])
 
 
 def test_contract_and_what_another_pass_chose(run_passes, capabilities):
