@@ -200,23 +200,10 @@ def _choose(layer: QuantizedLinear, gram: Gram, search: Search) -> _Choice | str
     return _Choice(
         layer=layer,
         integers=layer.array(chosen),
-        shift=_shift(layer, problem, old, chosen, center),
+        # `quantize` made the bias right for the mean of the quantized input and the old integers.
+        shift=((old - chosen) * scale @ center[:, : layer.columns, None]).reshape(-1),
         detail=f"{np.mean(chosen != old):.0%} of its integers changed, in {share}; held-out output error x {ratio:.3f}",
     )
-
-
-def _shift(layer: QuantizedLinear, problem: Problem, old: Array, new: Array, mean: Array) -> Array:
-    """What to add to the bias, float64 (outputs,), so that the mean output is that of the float weight.
-
-    If it is not known what was added for the old integers, it is taken to be right, as `quantize` does it.
-    """
-    quantized, error = mean[:, : layer.columns, None], mean[:, layer.columns :, None]
-    exact = quantized + error if error.size else quantized
-    wanted = problem.weight @ exact - new * problem.scale @ quantized
-    known = layer.correction
-    right = problem.weight @ exact - old * problem.scale @ quantized
-    added = right if known is None else known.reshape(wanted.shape)
-    return np.asarray((wanted - added).reshape(-1))
 
 
 def _write(editor: Editor, waiting: list[_Choice]) -> bool:

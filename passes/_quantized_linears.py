@@ -17,10 +17,6 @@ from onnxcomp.rewrite import Edit, refused
 from onnxcomp.select import Select
 from onnxcomp.target import Array
 
-CORRECTION = "onnxcomp.correction"
-"""Key in the metadata of a dequantized weight, which is not saved: what was added to the bias, float (outputs,), for
-the mean error that rounding the weight causes."""
-
 _CHOSEN = "onnxcomp.integers"  # metadata of a linear op whose integers were chosen, with the name of the pass
 
 
@@ -55,12 +51,6 @@ class QuantizedLinear:
     def groups(self) -> int:
         """Groups of channels."""
         return 1 if self.cut is None else self.cut.groups
-
-    @property
-    def correction(self) -> Array | None:
-        """What was added to the bias for the mean error of the integers that stand there, if it is known."""
-        found: Array | None = self.weight.meta.get(CORRECTION)
-        return found
 
     def mark(self, name: str) -> None:
         """Notes that the pass `name` chose the integers."""
