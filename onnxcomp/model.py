@@ -94,7 +94,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     size = weight_bytes(model)
-    external = size > EXTERNAL_THRESHOLD or (size > _KEPT_OUTSIDE and _has_external(model))
+    external = size > EXTERNAL_THRESHOLD or (size > _KEPT_OUTSIDE and has_external(model))
     try:
         if not path.parent.is_dir():
             raise GraphError(f"cannot write {path}: there is no folder {path.parent}")
@@ -112,7 +112,8 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         raise GraphError(f"cannot write {path}: {_first_line(root_cause(error))}") from error
 
 
-def _has_external(model: ir.Model) -> bool:
+def has_external(model: ir.Model) -> bool:
+    """Whether some weights of the model are still in a file."""
     return any(isinstance(v.const_value, ir.ExternalTensor | ir.LazyTensor) for v in initializers(model))
 
 

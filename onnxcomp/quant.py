@@ -136,37 +136,34 @@ def _mse_range(histogram: Histogram, low: float, high: float, bits: int) -> tupl
     The rounding error is taken from the values and not as `step**2 / 12`: activations such as those behind a GELU pile
     up within one step of zero, where the usual assumption is off by a factor.
     """
-    points, counts = _points(histogram)
+    coarse, fine = _points(histogram, 1), _points(histogram, 4)
 
-    def error(low: float, high: float) -> float:
+    def error(low: float, high: float, points: Array, counts: Array) -> float:
         grid = activation_grid(low, high, bits)
         scale, zero = float(grid.scale), float(grid.zero_point)
-        rounded = (np.clip(np.rint(points / scale) + zero, grid.qmin, grid.qmax) - zero) * scale
-        return float(counts @ (rounded - points) ** 2)
+        wrong = (np.clip(np.rint(points / scale) + zero, grid.qmin, grid.qmax) - zero) * scale - points
+        return float(np.einsum("i,i,i->", counts, wrong, wrong))  # not a dot product, which would wake BLAS's threads
 
-    best, ends = error(low, high), (low, high)
-
-    def improve(end: int, candidates: Array) -> None:
-        nonlocal best, ends
-        for value in candidates:
-            candidate = (float(value), ends[1]) if end == 0 else (ends[0], float(value))
-            if (found := error(*candidate)) < best:
-                best, ends = found, candidate
+    def improved(
+        ends: tuple[float, float], end: int, candidates: Array, points: tuple[Array, Array]
+    ) -> tuple[float, float]:
+        options = [ends, *((float(c), ends[1]) if end == 0 else (ends[0], float(c)) for c in candidates)]
+        return min(options, key=lambda option: error(option[0], option[1], *points))
 
     # Coarse over two decades, then fine between the neighbours of the best; each end twice if both are open.
+    ends = low, high
     for end in (1, 0, 1, 0) if low < 0.0 < high else (int(high > 0.0),):
-        improve(end, (low, high)[end] * np.geomspace(1.0, 0.01, 25))
-        fine = ends[end] * np.geomspace(1.2, 1 / 1.2, 9)
-        improve(end, np.clip(fine, low, high))
+        ends = improved(ends, end, (low, high)[end] * np.geomspace(1.0, 0.01, 25), coarse)
+        ends = improved(ends, end, np.clip(ends[end] * np.geomspace(1.2, 1 / 1.2, 9), low, high), fine)
     return ends
 
 
-def _points(histogram: Histogram) -> tuple[Array, Array]:
-    """Four points a bin with a quarter of its count each, empty bins left out; clipped to what was really seen."""
+def _points(histogram: Histogram, each: int) -> tuple[Array, Array]:
+    """Some points of each bin that share its count, empty bins left out; clipped to what was really seen."""
     used = histogram.counts > 0
-    offsets = np.array([-0.375, -0.125, 0.125, 0.375]) * histogram.width
+    offsets = ((np.arange(each) + 0.5) / each - 0.5) * histogram.width
     points = (histogram.centers[used, None] + offsets).ravel()
-    return np.clip(points, histogram.min, histogram.max), np.repeat(histogram.counts[used] / 4.0, 4)
+    return np.clip(points, histogram.min, histogram.max), np.repeat(histogram.counts[used] / each, each)
 
 
 def weight_grid(weight: Array, bits: int, axis: int | None, method: RangeMethod = "mse") -> Grid:

@@ -17,6 +17,8 @@ from typing_extensions import override
 from onnxcomp.errors import CalibrationError
 from onnxcomp.target import Array
 
+_OFTEN = 64  # values that are more than one in so many are no outliers
+
 Self = TypeVar("Self", bound="Observer")
 
 
@@ -78,8 +80,8 @@ class Histogram(Observer):
 
     Bin `i` covers `[i * width, (i + 1) * width)`. As widths are powers of two, bins nest, so the outcome depends on the
     data only and not on its order. Exact zeros are counted apart: they are representable in every quantizer.
-    Of a large sample (axis 0), all values beyond a quarter of its largest magnitude enter the bins and the others
-    thinned out evenly: few outliers decide on a range, and they like to stand at the same place in every sample.
+    A large sample (axis 0) is thinned out evenly. If few of its values lie beyond a quarter of its largest magnitude,
+    all of those enter the bins: few outliers decide on a range, and like to stand at the same place in every sample.
 
     Args:
         bins: Largest number of bins.
@@ -98,7 +100,8 @@ class Histogram(Observer):
         if bins < 16:
             raise CalibrationError(f"a histogram needs at least 16 bins, not {bins}")
         self.bins = bins
-        self.weights = None if weights is None else np.asarray(weights, np.float64)
+        self._unit = 2.0 ** (int(np.frexp(1.0 if weights is None else np.max(weights, initial=0.0))[1]) - 26)
+        self.weights = None if weights is None else self._exact(np.asarray(weights, np.float64))
         self.axis = axis
         self.limit = limit
         self.min = np.inf
@@ -108,6 +111,7 @@ class Histogram(Observer):
         self._exponent: int | None = None  # the width is 2 ** exponent
         self._first = 0
         self._counts = np.zeros(0)
+        self._thinned: tuple[tuple[int, ...], Array] = ((), np.zeros(0))
 
     @property
     def width(self) -> float:
@@ -132,21 +136,18 @@ class Histogram(Observer):
         low, high = float(x.min()), float(x.max())
         if not (np.isfinite(low) and np.isfinite(high)):
             _finite(x)
-        self.min, self.max = min(self.min, low), max(self.max, high)
-        x, weights = self._thinned(x)
-        chosen = x != 0.0
-        nonzero = x[chosen]
-        total = float(x.size if weights is None else weights.sum())
-        weights = None if weights is None else weights[chosen]
-        self.count += total
-        self.zeros += total - float(nonzero.size if weights is None else weights.sum())
-        if not nonzero.size:
-            return
-        self._widen(float(nonzero.min()), float(nonzero.max()))
-        assert self._exponent is not None
-        # In double precision: a small negative number must not underflow to -0.0, which lies in another bin.
-        index = np.floor(np.ldexp(nonzero.astype(np.float64), -self._exponent)).astype(np.int64)
-        self._add(int(index.min()), np.bincount(index - index.min(), weights))
+        self._widen(low, high)
+        axis = self.axis % max(x.ndim, 1)
+        inner = math.prod(x.shape[axis + 1 :])
+        rows = x.reshape(len(x) if x.ndim > 1 and (self.weights is None or axis > 0) else 1, -1)
+        if rows.shape[1] > self.limit:
+            for row in rows:
+                self._count_thinned(row, inner)
+        elif self.weights is None:
+            self._count(rows.reshape(-1), None)
+        else:
+            weights = _weights_at(np.arange(rows.shape[1]), inner, self.weights)
+            self._count(rows.reshape(-1), np.tile(weights, len(rows)))
 
     @override
     def merge(self, other: Histogram) -> None:
@@ -157,13 +158,9 @@ class Histogram(Observer):
             raise CalibrationError("cannot merge histograms of different bins or weights")
         self.count += other.count
         self.zeros += other.zeros
-        self.min, self.max = min(self.min, other.min), max(self.max, other.max)
-        if other._exponent is None:
+        self._widen(other.min, other.max)
+        if other._exponent is None or self._exponent is None:
             return
-        low = other._first * other.width
-        high = (other._first + len(other._counts)) * other.width
-        self._widen(low, np.nextafter(high, -np.inf), other._exponent)
-        assert self._exponent is not None
         first, counts = other._first, other._counts
         for _ in range(self._exponent - other._exponent):
             first, counts = _halve(first, counts)
@@ -180,52 +177,76 @@ class Histogram(Observer):
         i = min(int(np.searchsorted(cumulative, q * self.count)), len(centers) - 1)
         return float(np.clip(centers[i], self.min, self.max))
 
-    def _widen(self, low: float, high: float, at_least: int = -(1 << 16)) -> None:
-        """Makes the bins wide enough for `[low, high]` together with what is there; `min` and `max` know both."""
-        if self._exponent is not None:
-            low = min(low, self._first * self.width)
-            high = max(high, np.nextafter((self._first + len(self._counts)) * self.width, -np.inf))
+    def _widen(self, low: float, high: float) -> None:
+        """Takes note of values in `[low, high]` and makes the bins wide enough for all that was ever seen."""
+        if low >= self.min and high <= self.max:
+            return
+        self.min, self.max = min(self.min, low), max(self.max, high)
+        largest = max(abs(self.min), abs(self.max))
+        if not 0.0 < largest < np.inf:
+            return
         # No finer than 2**-20 of the largest magnitude: float32 data has no more to say, and indices stay small.
-        # Taken from the values and not from the edges of bins, since those depend on the width so far.
-        finest = int(np.ceil(np.log2(max(abs(self.min), abs(self.max), 1e-300)))) - 20
-        exponent = max(finest, at_least if self._exponent is None else max(self._exponent, at_least))
-        while np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent)) + 1 > self.bins:
+        exponent = int(np.ceil(np.log2(max(largest, 1e-300)))) - 20
+        while np.floor(np.ldexp(self.max, -exponent)) - np.floor(np.ldexp(self.min, -exponent)) + 1 > self.bins:
             exponent += 1
-        self._coarsen(exponent)
-
-    def _coarsen(self, exponent: int) -> None:
         if self._exponent is not None:
             for _ in range(exponent - self._exponent):
                 self._first, self._counts = _halve(self._first, self._counts)
         self._exponent = exponent
 
-    def _thinned(self, x: Array) -> tuple[Array, Array | None]:
-        """The values of `x` that enter the bins and the weight of each, both flat; None stands for weights of 1."""
-        axis = self.axis % max(x.ndim, 1)
-        samples = len(x) if x.ndim > 1 and (self.weights is None or axis > 0) else 1
-        rows = x.reshape(samples, -1)
-        size = rows.shape[1]
-        channel = None if self.weights is None else (math.prod(x.shape[axis + 1 :]), self.weights)
-        if size <= self.limit:
-            weights = None if channel is None else np.tile(_weights_at(np.arange(size), *channel), samples)
-            return rows.reshape(-1), weights
-        stride = -(-size // self.limit)
-        while math.gcd(stride, size) > 1:
+    def _count_thinned(self, row: Array, inner: int) -> None:
+        """Counts a large sample, flat, whose channel axis has `inner` elements behind it."""
+        stride = -(-row.size // self.limit)
+        while math.gcd(stride, row.size) > 1:
             stride += 1  # so that no channel or column is skipped
-        some = np.arange(0, size, stride)
-        some_weights = None if channel is None else _weights_at(some, *channel)
-        values, weights_of = [], []
-        for row in rows:
-            bound = max(float(row.max()), -float(row.min())) / 4.0
+        thin = row[::stride]
+        low, high = float(row.min()), float(row.max())
+        bound = max(high, -low) / 4.0
+        near = np.abs(thin) <= bound
+        far = np.zeros(0, np.int64)
+        if thin.size - np.count_nonzero(near) > thin.size // _OFTEN:
+            near[:] = True
+        elif low >= -bound:
+            far = np.flatnonzero(row > bound)
+        else:
             far = np.flatnonzero((row > bound) | (row < -bound))
-            thin = row[some]
-            near = np.abs(thin) <= bound
-            share = (size - len(far)) / max(int(near.sum()), 1)
-            near_weights = np.full(int(near.sum()), share) if some_weights is None else some_weights[near] * share
-            far_weights = np.ones(len(far)) if channel is None else _weights_at(far, *channel)
-            values += [row[far], thin[near]]
-            weights_of += [far_weights, near_weights]
-        return np.concatenate(values), np.concatenate(weights_of)
+        # What is not near counts among the far values.
+        near_weights = near * ((row.size - len(far)) / max(int(np.count_nonzero(near)), 1))
+        far_weights = np.ones(len(far))
+        if self.weights is not None:
+            near_weights *= self._weights_of_thinned(row.size, stride, inner)
+            far_weights = _weights_at(far, inner, self.weights)
+        self._count(np.concatenate([row[far], thin]), np.concatenate([far_weights, self._exact(near_weights)]))
+
+    def _weights_of_thinned(self, size: int, stride: int, inner: int) -> Array:
+        """Weights of every `stride`-th value of a flat sample; kept, since samples are mostly of one size."""
+        assert self.weights is not None
+        if self._thinned[0] != (size, stride, inner):
+            self._thinned = (size, stride, inner), _weights_at(np.arange(0, size, stride), inner, self.weights)
+        return self._thinned[1]
+
+    def _count(self, x: Array, weights: Array | None) -> None:
+        """Adds flat values, each with its weight."""
+        nothing = x == 0.0
+        zeros = float(np.count_nonzero(nothing) if weights is None else (weights * nothing).sum())
+        self.zeros += zeros
+        self.count += x.size if weights is None else float(weights.sum())
+        if self._exponent is None:
+            return
+        # In double precision: a small negative number must not underflow to -0.0, which lies in another bin.
+        scaled = x.astype(np.float64)
+        scaled *= 2.0**-self._exponent
+        index = np.floor(scaled, out=scaled).astype(np.int64)
+        first = int(index.min())
+        counts = np.bincount(index - first, weights).astype(np.float64)
+        if zeros:
+            counts[-first] -= zeros
+        self._add(first, counts)
+
+    def _exact(self, weights: Array) -> Array:
+        """Rounds to multiples of a power of two, so that sums of weights are exact and do not depend on the order."""
+        scaled = weights / self._unit
+        return np.multiply(np.rint(scaled, out=scaled), self._unit, out=scaled)
 
     def _add(self, first: int, counts: Array) -> None:
         if not len(self._counts):
@@ -251,53 +272,64 @@ def _halve(first: int, counts: Array) -> tuple[int, Array]:
     return first // 2, padded.reshape(-1, 2).sum(axis=1)
 
 
-class Moments(Observer):
-    """Mean and variance per channel.
+class ChannelMean(Observer):
+    """Mean of each channel.
 
     Args:
-        axis: Channel axis; None summarises the whole tensor.
+        axis: Channel axis.
 
     Attributes:
         count: Values of a channel seen.
         shape: Shape of the last array seen.
     """
 
-    def __init__(self, axis: int | None = None) -> None:
+    def __init__(self, axis: int) -> None:
         self.axis = axis
         self.count = 0
         self.shape: tuple[int, ...] = ()
         self._sum: Array = np.zeros(())
-        self._square: Array = np.zeros(())
 
     @property
     def mean(self) -> Array:
-        """Mean, float64, shape `(channels,)` or `()`."""
+        """Mean, float64, shape `(channels,)`."""
         return self._sum / self.count
-
-    @property
-    def variance(self) -> Array:
-        """Population variance, float64, shape `(channels,)` or `()`."""
-        return np.asarray(np.maximum(self._square / self.count - self.mean**2, 0.0))
 
     @override
     def update(self, x: Array) -> None:
         x = np.asarray(x)
-        kept = () if self.axis is None or x.ndim == 0 else (self.axis % x.ndim,)
-        others = tuple(i for i in range(x.ndim) if i not in kept)
-        total = x.sum(axis=others, dtype=np.float64)
-        square = np.square(x, dtype=np.float64).sum(axis=others)
-        if not np.isfinite(square).all():
-            _finite(x)
-        self._sum, self._square = self._sum + total, self._square + square
-        self.count += x.size // max(total.size, 1)
+        if not x.size:
+            return
+        self.add(x)
         self.shape = x.shape
 
+    def add(self, x: Array) -> None:
+        """Adds values, whatever the shape of the array that they come from."""
+        if not x.size:
+            return
+        # Sample by sample, so that the rounding of the sum does not depend on how samples came in batches.
+        samples = _sums_of_samples(x, self.axis)
+        if not np.isfinite(samples).all():
+            _finite(x)
+        self._sum = np.add.accumulate(np.concatenate([np.broadcast_to(self._sum, samples[:1].shape), samples]))[-1]
+        self.count += x.size // len(self._sum)
+
     @override
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: ChannelMean) -> None:
         if other.axis != self.axis:
-            raise CalibrationError("cannot merge moments over different axes")
+            raise CalibrationError("cannot merge means over different axes")
         self.count += other.count
-        self._sum, self._square = self._sum + other._sum, self._square + other._square
+        self._sum = self._sum + other._sum
+
+
+def _sums_of_samples(x: Array, axis: int) -> Array:
+    """Sums of each channel, float64 `(samples, channels)`; axis 0 counts samples unless it is the channels'."""
+    axis %= max(x.ndim, 1)
+    if axis == 0:
+        return np.asarray(x.reshape(1, x.shape[0] if x.ndim else 1, -1).sum(axis=2, dtype=np.float64))
+    x = x.reshape(len(x), -1, x.shape[axis], math.prod(x.shape[axis + 1 :]))
+    if x.shape[3] > 1:  # contiguous, where numpy adds in pairs: single precision is exact enough, and much faster
+        x = x.sum(axis=3)[..., None]
+    return np.asarray(x[..., 0].sum(axis=1, dtype=np.float64))
 
 
 class ChannelRange(Observer):

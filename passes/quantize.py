@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -21,9 +22,11 @@ from onnxcomp.passes._shield import shield_float_ops
 from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
 from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
-from onnxcomp.stats import Group, Histogram, Moments, Observer
+from onnxcomp.stats import ChannelMean, Group, Histogram, Observer
 from onnxcomp.target import Array
 
+# The mean of a difference between two roundings of the same values settles sooner than the ends of a range do.
+_ROUNDED_FEEDS = 16
 # An int32 bias is kept this far below overflow, so that the accumulator it starts has room.
 _BIAS_LIMIT = 2.0**30
 
@@ -84,7 +87,7 @@ class Quantize(Pass):
         means: dict[str, dict[int, Observer]] = {}
         for linear in todo.linears if self.bias_correction else ():
             axis = channel_axis(linear)  # a Conv and a MatMul may read the same tensor
-            means.setdefault(linear.input.name or "", {}).setdefault(axis, Moments(axis))
+            means.setdefault(linear.input.name or "", {}).setdefault(axis, ChannelMean(axis))
         for name, moments in means.items():
             observers[name] = Group(*([observers[name]] if name in observers else []), *moments.values())
         return observers
@@ -97,8 +100,8 @@ class Quantize(Pass):
         editor = Editor(model)
         edits = list(todo.refusals)
         inputs = _input_grids(todo, grids)
-        rounded = self._rounded_means(model, todo, inputs, context)
-        edits += [self._quantize_linear(editor, x, inputs[x.input].scale, rounded, context) for x in todo.linears]
+        errors = self._rounding_errors(model, todo, inputs, context)
+        edits += [self._quantize_linear(editor, x, inputs[x.input].scale, errors, context) for x in todo.linears]
         edits.extend(applied(node, "inputs and output quantized") for node in todo.elementwise)
         for value, pair in todo.pairs.items():
             if pair.folded is not None:
@@ -122,7 +125,7 @@ class Quantize(Pass):
         editor: Editor,
         linear: Linear,
         input_scale: Array,
-        rounded: Mapping[tuple[str, int], Array],
+        errors: Mapping[tuple[str, int], Array],
         context: Context,
     ) -> Edit:
         weight, bias = constant(linear.weight), constant(linear.bias)
@@ -135,7 +138,7 @@ class Quantize(Pass):
         linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
         each = "channel" if self.per_channel else "tensor"
         detail = f"input {self.activation_bits} bit, weight {bits} bit per {each}"
-        shift = self._correction(linear, weight, grid, rounded, context)
+        shift = self._correction(linear, weight, grid, errors, context)
         if linear.bias is not None and linear.bias_user is not None and bias is not None:
             scale = np.asarray(input_scale * grid.scale, np.float32)
             integers = quantize_bias(editor, linear.bias, bias.reshape(-1) + shift, scale, linear.bias_user)
@@ -146,34 +149,34 @@ class Quantize(Pass):
             detail += ", bias int32 added"
         return applied(linear.node, detail)
 
-    def _rounded_means(
+    def _rounding_errors(
         self, model: ir.Model, todo: Plan, grids: Mapping[ir.Value, Grid], context: Context
     ) -> dict[tuple[str, int], Array]:
-        """Mean of each channel of the inputs after quantization, by name and channel axis."""
+        """Mean of what quantization adds to each channel of the inputs, by name and channel axis."""
         if not self.bias_correction or context.sweep is None:
             return {}
-        wanted: dict[str, dict[int, Rounded]] = {}
+        wanted: dict[str, dict[int, RoundingError]] = {}
         for linear in todo.linears:
             grid, axis = grids[linear.input], channel_axis(linear)
-            wanted.setdefault(linear.input.name or "", {}).setdefault(axis, Rounded(axis, grid))
-        context.sweep(model, {name: Group(*parts.values()) for name, parts in wanted.items()})
+            wanted.setdefault(linear.input.name or "", {}).setdefault(axis, RoundingError(axis, grid))
+        context.sweep(model, {name: Group(*parts.values()) for name, parts in wanted.items()}, _ROUNDED_FEEDS)
         return {(name, axis): part.mean for name, parts in wanted.items() for axis, part in parts.items()}
 
     def _correction(
-        self, linear: Linear, weight: Array, grid: Grid, rounded: Mapping[tuple[str, int], Array], context: Context
+        self, linear: Linear, weight: Array, grid: Grid, errors: Mapping[tuple[str, int], Array], context: Context
     ) -> Array:
         """What to add to the bias, shape `(outputs,)`, so that quantization keeps the mean output."""
         if not self.bias_correction:
             return np.zeros(weight.shape[linear.channel_axis])
         name, axis = linear.input.name or "", channel_axis(linear)
-        context.statistic(name, Moments)
+        context.statistic(name, ChannelMean)
         group = context.statistics[name]
         assert isinstance(group, Group)
-        moments = {m.axis: m for m in group.parts if isinstance(m, Moments)}[axis]
-        mean, stored = moments.mean, grid.round_trip(weight)
-        shift = mean_shift(linear, weight - stored, mean, moments.shape)
-        if (name, axis) in rounded:
-            shift = shift + mean_shift(linear, stored, mean - rounded[name, axis], moments.shape)
+        seen = {part.axis: part for part in group.parts if isinstance(part, ChannelMean)}[axis]
+        stored = grid.round_trip(weight)
+        shift = mean_shift(linear, weight - stored, seen.mean, seen.shape)
+        if (name, axis) in errors:
+            shift = shift - mean_shift(linear, stored, errors[name, axis], seen.shape)
         return shift
 
 
@@ -207,13 +210,15 @@ def _input_grids(todo: Plan, grids: Mapping[ir.Value, Grid]) -> dict[ir.Value, G
     return found
 
 
-class Rounded(Moments):
-    """Moments of values after quantization.
+class RoundingError(ChannelMean):
+    """Mean of what quantization adds to each channel.
 
     Args:
         axis: Channel axis.
         grid: Per-tensor grid.
     """
+
+    _POSITIONS = 256  # of a sample and channel that are looked at
 
     def __init__(self, axis: int, grid: Grid) -> None:
         super().__init__(axis)
@@ -221,10 +226,16 @@ class Rounded(Moments):
         self._limits = np.float32(grid.low), np.float32(grid.high)
 
     @override
-    def update(self, x: Array) -> None:
+    def add(self, x: Array) -> None:
+        axis = self.axis % max(x.ndim, 1)
+        inner = math.prod(x.shape[axis + 1 :])
+        if inner > 2 * self._POSITIONS:
+            x = x.reshape(*x.shape[: axis + 1], inner)[..., :: inner // self._POSITIONS | 1]
         rounded = np.rint(x / self._scale)
         rounded *= self._scale
-        super().update(np.clip(rounded, *self._limits, out=rounded))
+        np.clip(rounded, *self._limits, out=rounded)
+        rounded -= x
+        super().add(rounded)
 
 
 def _with_room_for_bias(grid: Grid, bias: Array, input_scale: Array) -> Grid:

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -16,7 +17,6 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.model import input_specs, load, save
 from onnxcomp.profile import ratio
 from onnxcomp.recipe import AUTO, Recipe
-from onnxcomp.report import ModelReport, Report, write_report
 from onnxcomp.rewrite import Check, Progress
 from onnxcomp.target import Capabilities
 from onnxcomp.verbs.choosing import Notice, choose
@@ -35,6 +35,9 @@ from onnxcomp.verbs.resolve import (
     split_data,
 )
 from onnxcomp.workdir import replacing
+
+if TYPE_CHECKING:
+    from onnxcomp.report import Report
 
 
 def compress(
@@ -88,6 +91,8 @@ def compress(
     Raises:
         OnnxcompError: If anything is wrong with what was given; `out` stays as it was.
     """
+    from onnxcomp.report import ModelReport, Report, write_report  # brings rich and jinja2, of no use to other verbs
+
     out = Path(out)
     scored = as_metric(metric)
     if scored is not None and data is None and eval_data is None:

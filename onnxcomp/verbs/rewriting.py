@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from onnxcomp.data import Source, load_data
-from onnxcomp.model import input_specs, load, model_size, save
+from onnxcomp.model import has_external, input_specs, load, model_size, save
 from onnxcomp.recipe import AUTO
 from onnxcomp.rewrite import Check, Progress
 from onnxcomp.target import Artifact
@@ -94,7 +94,8 @@ def rewrite(
     reports = pipeline_of(choice.recipe.passes, chosen, check, seed).run(rewritten, calibration, progress)
     if out is not None:
         save(rewritten, out)
-        rewritten = load(out)  # weights that were never in memory may have lain in a file that is replaced now
+        if has_external(rewritten):
+            rewritten = load(out)  # weights that were never in memory may have lain in a file that is replaced now
     return RewriteResult(
         path=None if out is None else Path(out),
         model=rewritten,
