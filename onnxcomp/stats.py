@@ -133,16 +133,17 @@ class Histogram(Observer):
         x = np.asarray(x)
         if not x.size:
             return
-        low, high = float(x.min()), float(x.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            _finite(x)
-        self._widen(low, high)
         axis = self.axis % max(x.ndim, 1)
         inner = math.prod(x.shape[axis + 1 :])
         rows = x.reshape(len(x) if x.ndim > 1 and (self.weights is None or axis > 0) else 1, -1)
+        lows, highs = rows.min(axis=1), rows.max(axis=1)
+        low, high = float(lows.min()), float(highs.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            _finite(x)
+        self._widen(low, high)
         if rows.shape[1] > self.limit:
-            for row in rows:
-                self._count_thinned(row, inner)
+            for row, low, high in zip(rows, lows, highs, strict=True):
+                self._count_thinned(row, inner, float(low), float(high))
         elif self.weights is None:
             self._count(rows.reshape(-1), None)
         else:
@@ -194,13 +195,12 @@ class Histogram(Observer):
                 self._first, self._counts = _halve(self._first, self._counts)
         self._exponent = exponent
 
-    def _count_thinned(self, row: Array, inner: int) -> None:
-        """Counts a large sample, flat, whose channel axis has `inner` elements behind it."""
+    def _count_thinned(self, row: Array, inner: int, low: float, high: float) -> None:
+        """Counts a large sample in `[low, high]`, flat, whose channel axis has `inner` elements behind it."""
         stride = -(-row.size // self.limit)
         while math.gcd(stride, row.size) > 1:
             stride += 1  # so that no channel or column is skipped
         thin = row[::stride]
-        low, high = float(row.min()), float(row.max())
         bound = max(high, -low) / 4.0
         near = np.abs(thin) <= bound
         far = np.zeros(0, np.int64)
