@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 import onnx_ir as ir
 
-from onnxcomp.calibrate import Runner, collect
+from onnxcomp.calibrate import Runner, by_row, collect
 from onnxcomp.edit import defaults_hidden
 from onnxcomp.errors import CalibrationError, GraphError, OnnxcompError, PassError
 from onnxcomp.metrics import sqnr
@@ -215,7 +215,7 @@ class Pipeline:
 
         Args:
             model: The model.
-            data: Calibration feeds, iterated once for every pass that observes.
+            data: Calibration feeds, iterated for every pass that observes; batches are cut into single samples.
             progress: Told about every pass and every feed.
 
         Returns:
@@ -225,9 +225,14 @@ class Pipeline:
             CalibrationError: If a pass observes and there is no data.
             PassError: If a pass fails; the message names it.
         """
+        data = self.samples(model, data)
         context = self.context(data)
         known = _complaint(model) if self.check != "none" else None
         return tuple(self._run_pass(p, model, context, data, known, progress) for p in self.passes)
+
+    def samples(self, model: ir.Model, data: Iterable[Feed] | None) -> Iterable[Feed] | None:
+        """The data cut into single samples, where `model` treats each of a batch alone."""
+        return data if data is None or self.runner is None else by_row(model, data, self.runner)
 
     def context(self, data: Iterable[Feed] | None = None) -> Context:
         """What passes may know before any of them runs."""

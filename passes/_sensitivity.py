@@ -11,6 +11,7 @@ import onnx_ir as ir
 from typing_extensions import override
 
 from onnxcomp.errors import CalibrationError
+from onnxcomp.metrics import top1_agreement
 from onnxcomp.passes._placement import plan
 from onnxcomp.passes.quantize import Quantize
 from onnxcomp.rewrite import Context, Edit
@@ -21,13 +22,14 @@ from onnxcomp.target import Array
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What one linear op costs and gains when it alone is quantized.
+    """What one linear op costs when it alone is quantized.
 
     Attributes:
         node: Its name.
         op_type: Its op type.
         error: Squared error of the outputs over their squared norm, worst output.
-        flips: Share of samples for which the largest element of an output is another one, worst output.
+        flips: Share of samples for which the largest element of an output is another one, worst output; of positions
+            for outputs that look like class scores (rank 2 or 3), whose last axis holds the classes.
     """
 
     node: str
@@ -79,11 +81,15 @@ class Trials:
         """Quantizes each node alone."""
         found = []
         for node in nodes:
-            trial = self.model.clone()
-            self.quantize(trial, Select(name=(exactly(node.name or ""),)))
-            error, flips = self.difference(trial)
+            error, flips = self.difference(self.only((node.name or "",)))
             found.append(LayerCost(node=node.name or "", op_type=node.op_type, error=error, flips=flips))
         return found
+
+    def only(self, names: Collection[str]) -> ir.Model:
+        """A copy in which the named nodes alone are quantized."""
+        trial = self.model.clone()
+        self.quantize(trial, Select(name=tuple(exactly(n) for n in names)))
+        return trial
 
     def without(self, floats: Collection[str]) -> ir.Model:
         """A copy in which all but the named nodes are quantized."""
@@ -102,7 +108,7 @@ class Trials:
         wanted = {k: _missing(v, known.get(k)) for k, v in step.observers(model, self.context).items()}
         missing = {k: Group(*parts) for k, parts in wanted.items() if parts}
         if missing:
-            self._sweep(self.model, missing)
+            self.sweep(self.model, missing)
             merged = {k: Group(*_parts(known.get(k)), *v.parts) for k, v in missing.items()}
             self.context = replace(self.context, statistics={**known, **merged})
         return list(step.apply(model, self.context))
@@ -114,19 +120,31 @@ class Trials:
             noise = sum(float(((a.astype(np.float64) - b) ** 2).sum()) for a, b in zip(got, want, strict=True))
             power = sum(float((b.astype(np.float64) ** 2).sum()) for b in want)
             errors.append(noise / power if power else 0.0)
-            flips.append(float(np.mean([a.argmax() != b.argmax() for a, b in zip(got, want, strict=True) if a.size])))
+            flips.append(float(np.mean([_moved(a, b) for a, b in zip(got, want, strict=True) if a.size])))
         return max(errors), max(flips)
 
     def _outputs(self, model: ir.Model) -> list[list[Array]]:
-        recorders = {v.name or "": _Recorder() for v in self.model.graph.outputs}
-        self._sweep(model, recorders, self.samples)
+        recorders = {v.name or "": Recorder() for v in self.model.graph.outputs}
+        self.sweep(model, recorders, self.samples)
         kept = [r.arrays for r in recorders.values()]
         return [arrays for arrays in kept if arrays and np.issubdtype(arrays[0].dtype, np.floating)]
 
-    def _sweep(self, model: ir.Model, observers: Mapping[str, Observer], limit: int | None = None) -> None:
+    def sweep(self, model: ir.Model, observers: Mapping[str, Observer], limit: int | None = None) -> None:
+        """Shows the data, or `limit` feeds of it, to observers.
+
+        Raises:
+            CalibrationError: If there is no data.
+        """
         if self.context.sweep is None:
             raise CalibrationError("it needs calibration data; give some with --data")
         self.context.sweep(model, observers, limit)
+
+
+def _moved(got: Array, want: Array) -> float:
+    """Share of positions whose largest entry moved; an array that holds no class scores is one position."""
+    if want.ndim not in (2, 3) or want.shape[-1] < 2:
+        got, want = got.reshape(1, -1), want.reshape(1, -1)
+    return 1.0 - top1_agreement(want, got)
 
 
 def _parts(observer: Observer | None) -> tuple[Observer, ...]:
@@ -139,7 +157,7 @@ def _missing(wanted: Observer, known: Observer | None) -> list[Observer]:
     return [part for part in _parts(wanted) if type(part) not in kinds]
 
 
-class _Recorder(Observer):
+class Recorder(Observer):
     """Keeps every array; for a few feeds only."""
 
     def __init__(self) -> None:
@@ -150,7 +168,7 @@ class _Recorder(Observer):
         self.arrays.append(np.array(x))
 
     @override
-    def merge(self, other: _Recorder) -> None:
+    def merge(self, other: Recorder) -> None:
         self.arrays += other.arrays
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ from onnxcomp.data import Source, load_data
 from onnxcomp.doctor import environment
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.model import input_specs, load, save
+from onnxcomp.passes.mixed import Mixed
 from onnxcomp.profile import ratio
 from onnxcomp.recipe import AUTO, Recipe
-from onnxcomp.rewrite import Check, Progress
+from onnxcomp.rewrite import Check, Pass, Progress
 from onnxcomp.target import Capabilities
 from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.figures import check_drop, fidelity_of, figures, time_sessions
@@ -59,6 +61,7 @@ def compress(
     repeat: int = 50,
     seconds: float | None = 60.0,
     require_drop: bool = False,
+    max_drop: float | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Report:
@@ -84,6 +87,7 @@ def compress(
         measure: Whether to measure latency, memory and time by node, of the original as well.
         repeat: Rounds of timing.
         seconds: Most seconds to spend on timing.
+        max_drop: Limit for passes that choose by it, if the recipe sets none.
         require_drop: Fail at once if `Fidelity.drop` would be None.
         progress: Told about every step.
         notice: Told which recipe was chosen and why, before the work begins.
@@ -111,7 +115,9 @@ def compress(
     with replacing(out) as work:
         choice.tell(notice)
         rewritten = original.clone() if isinstance(model, ir.Model) else load_model(model, shapes)
-        passes = pipeline_of(plan.passes, chosen, check, seed, threads).run(rewritten, calibration, progress)
+        passes = pipeline_of(_limited(plan.passes, max_drop), chosen, check, seed, threads).run(
+            rewritten, calibration, progress
+        )
         save(rewritten, work / "model.onnx")
         if progress:
             progress("compile", 0, None)
@@ -157,6 +163,11 @@ def compress(
         shutil.rmtree(work / "baseline")
         write_report(report, work)
     return report
+
+
+def _limited(passes: Sequence[Pass], max_drop: float | None) -> list[Pass]:
+    """The passes, those that choose under a limit on the drop with this one unless they have one."""
+    return [replace(p, max_drop=max_drop) if isinstance(p, Mixed) and p.max_drop is None else p for p in passes]
 
 
 def _reservations(recipe: Recipe, target: str, capabilities: Capabilities) -> list[str]:

@@ -1,6 +1,9 @@
-"""The verb that tells what quantizing each linear op alone costs and saves."""
+"""The verb that tells what quantizing each linear op, or each block of them, alone costs and saves."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -8,12 +11,63 @@ from onnxcomp.data import Source, load_data
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.model import input_specs
 from onnxcomp.opset import raise_opset
+from onnxcomp.passes._groups import groups
+from onnxcomp.passes._jacobian import Jacobian
 from onnxcomp.passes._sensitivity import Trials, decibels
 from onnxcomp.passes.cleanup import Cleanup
 from onnxcomp.passes.quantize import Quantize
 from onnxcomp.rewrite import Progress
 from onnxcomp.verbs.resolve import ModelLike, Shapes, load_model, make_target, node_microseconds, pipeline_of
 from onnxcomp.verbs.results import LayerSensitivity, Sensitivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerImpact(LayerSensitivity):
+    """What one linear op costs, measured and to first order.
+
+    Attributes:
+        weighted_sqnr: SQNR in dB that the op's own error would give the worst output if it were weighed by the model's
+            Jacobian: far above `sqnr`, the error is one that all elements share, which a bias can take back; far below,
+            errors of neighbouring elements cancel, or what follows cuts them off.
+    """
+
+    weighted_sqnr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupImpact:
+    """What the ops of one block cost and save when they alone are quantized.
+
+    Attributes:
+        name: Scope that their names share.
+        layers: Number of ops.
+        sqnr: As of a layer.
+        flips: As of a layer.
+        weighted_sqnr: Of the sum of their weighted errors, as if these were independent.
+        float_microseconds: Sum over those that were measured in both models; None if none was.
+        integer_microseconds: Likewise.
+    """
+
+    name: str
+    layers: int
+    sqnr: float
+    flips: float
+    weighted_sqnr: float
+    float_microseconds: float | None
+    integer_microseconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impact(Sensitivity):
+    """What quantizing each linear op, or each block, alone does to the outputs of a model.
+
+    Attributes:
+        layers: One row a linear op, the costliest first.
+        groups: One row a block, the costliest first.
+    """
+
+    layers: tuple[LayerImpact, ...]
+    groups: tuple[GroupImpact, ...]
 
 
 def sensitivity(
@@ -29,11 +83,11 @@ def sensitivity(
     seed: int = 0,
     shapes: Shapes | None = None,
     progress: Progress | None = None,
-) -> Sensitivity:
+) -> Impact:
     """Quantizes each linear op of a model alone and tells what the outputs lose and how much time the op saves.
 
     The model is cleaned up first. The error of an op is that of the model's outputs, so what later layers amplify or
-    forgive is in it.
+    forgive is in it. The same is told of blocks of ops, by the scopes in their names.
 
     Args:
         model: Path or model; a model in memory is left unchanged.
@@ -54,8 +108,9 @@ def sensitivity(
     chosen = make_target(target)
     original = load_model(model, shapes)
     cleaned = original.clone() if isinstance(model, ir.Model) else original
-    feeds = load_data(data, input_specs(original), seed=seed).take(samples)
     pipeline = pipeline_of([Cleanup()], chosen, "graph", seed, threads)
+    feeds = pipeline.samples(original, load_data(data, input_specs(original), seed=seed).take(samples))
+    assert feeds is not None
     pipeline.run(cleaned)
     raise_opset(cleaned, Quantize.min_opset)
     trials = Trials(
@@ -68,26 +123,58 @@ def sensitivity(
     whole = trials.without(())
     error, flips = trials.difference(whole)
     sample = next(iter(feeds))
-    times = [node_microseconds(m, chosen, sample, threads) if measure else {} for m in (cleaned, whole)]
-    layers = []
+    before, after = (node_microseconds(m, chosen, sample, threads) if measure else {} for m in (cleaned, whole))
+    jacobian = Jacobian(trials, nodes)
+    layers: list[LayerImpact] = []
+    weighted: dict[str, float] = {}
     for number, node in enumerate(nodes):
         if progress:
             progress("sensitivity", number, len(nodes))
-        (cost,) = trials.costs([node])
+        name = node.name or ""
+        alone = trials.only((name,))
+        weighted[name] = jacobian.error(node, alone)
+        lost, moved = trials.difference(alone)
         layers.append(
-            LayerSensitivity(
-                node=cost.node,
-                op_type=cost.op_type,
-                sqnr=cost.sqnr,
-                flips=cost.flips,
-                float_microseconds=times[0].get(cost.node),
-                integer_microseconds=times[1].get(cost.node),
+            LayerImpact(
+                node=name,
+                op_type=node.op_type,
+                sqnr=decibels(lost),
+                flips=moved,
+                weighted_sqnr=decibels(weighted[name]),
+                float_microseconds=before.get(name),
+                integer_microseconds=after.get(name),
             )
         )
-    return Sensitivity(
+    blocks = groups(nodes)
+    blocks = blocks if len(blocks) < len(nodes) else {}  # each op a block of its own would say the same again
+    found = [_group(name, part, trials, weighted, before, after) for name, part in blocks.items()]
+    return Impact(
         target=target,
         samples=trials.samples,
         sqnr=decibels(error),
         flips=flips,
         layers=tuple(sorted(layers, key=lambda layer: layer.sqnr)),
+        groups=tuple(sorted(found, key=lambda group: group.sqnr)),
+    )
+
+
+def _group(
+    name: str,
+    nodes: Sequence[ir.Node],
+    trials: Trials,
+    weighted: Mapping[str, float],
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> GroupImpact:
+    names = [node.name or "" for node in nodes]
+    error, flips = trials.difference(trials.only(names))
+    timed = [n for n in names if n in before and n in after]
+    return GroupImpact(
+        name=name,
+        layers=len(names),
+        sqnr=decibels(error),
+        flips=flips,
+        weighted_sqnr=decibels(sum(weighted[n] for n in names)),
+        float_microseconds=sum(before[n] for n in timed) if timed else None,
+        integer_microseconds=sum(after[n] for n in timed) if timed else None,
     )
