@@ -6,18 +6,18 @@ last of which may be padded. `w' = (q - zero_point) * scale` with `0 <= q < 2**b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from onnxcomp.block_grids import SEARCHES, Grid, Levels, Method
 from onnxcomp.target import Array
-
-Method = Literal["rtn", "mse", "hqq"]
 
 # Elements that are worked on at a time: what a search needs then stays in the cache of a core.
 _SLAB = 1 << 17
+_READ = 1 << 21  # elements that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,38 @@ def unpack(packed: Array, bits: int) -> Array:
     return np.asarray(codes.reshape(*packed.shape[:-1], -1), np.uint8)
 
 
-def quantize_blocks(weight: Array, bits: int, block_size: int, *, symmetric: bool, method: Method) -> Blocks:
-    """Quantizes a matrix, some rows at a time.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A matrix that is read part by part.
+
+    Attributes:
+        shape: (N, K).
+        dtype: Float32 or float16.
+        column_major: Columns lie together, so that a part of few columns and all rows is cheap to read.
+        read: Returns the part of some rows and columns.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    column_major: bool
+    read: Callable[[slice, slice], Array]
+
+
+Rounding: TypeAlias = Callable[[Array, Grid], Array]
+"""Chooses integers for rows (n, K) on their grid; returns them as floats (n, K)."""
+
+
+def quantize_blocks(
+    weight: Array | Source,
+    bits: int,
+    block_size: int,
+    *,
+    symmetric: bool,
+    method: Method,
+    importance: Array | None = None,
+    rounding: Rounding | None = None,
+) -> Blocks:
+    """Quantizes a matrix, part by part.
 
     Args:
         weight: Float32 or float16, finite, (N, K); a transposed view will do.
@@ -91,26 +121,38 @@ def quantize_blocks(weight: Array, bits: int, block_size: int, *, symmetric: boo
         symmetric: No zero points: 0.0 is `2**(bits-1)`. Where the largest weight of a block is positive, its scale is
             negative, so that this weight gets the one level that only one side has.
         method: How scale and zero point are found: `rtn` takes them from the extremes of a block; `mse` minimises the
-            squared error; `hqq` minimises a norm between L0 and L1, which lets go of outliers (see `_half_quadratic`).
+            squared error; `hqq` minimises a norm between L0 and L1, which lets go of outliers (see `block_grids`).
+        importance: Of each column to the squared error that `mse` minimises, (K,), positive; all count alike if None.
+        rounding: Chooses the integers; the nearest ones if None.
+
+    Raises:
+        NotFiniteError: If the matrix holds NaN or infinity.
     """
-    rows, columns = weight.shape
+    source = _source(weight) if isinstance(weight, np.ndarray) else weight
+    rows, columns = source.shape
     count = -(-columns // block_size)
     codes = np.empty((rows, count, block_size * bits // 8), np.uint8)
-    scale = np.empty((rows, count), weight.dtype)
+    scale = np.empty((rows, count), source.dtype)
     zero = np.empty((rows, count), np.uint8)
     noise = power = 0.0
-    levels = _Levels(bits, symmetric)
-    step = max(1, _SLAB // (count * block_size))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        slab = np.zeros((min(step, rows - start), count * block_size), np.float32)
-        slab[:, :columns] = weight[part]
-        blocks = slab.reshape(len(slab), count, block_size)
-        found = _SEARCHES[method](blocks, levels)
-        scale[part], zero[part] = _storable(found.scale, weight.dtype), found.zero
-        grid = _Grid(scale[part].astype(np.float32), found.zero)
-        integers = grid.integers(blocks, levels)
-        codes[part] = pack(integers.astype(np.uint8), bits)
+    levels = Levels(bits, symmetric)
+    counts: Array | None = None
+    if importance is not None:
+        counts = _blocks(importance[None], block_size)[0]
+    for part, columns_part, tile in _tiles(source, block_size, whole_rows=rounding is not None):
+        blocks = _blocks(tile, block_size)
+        here = slice(columns_part.start // block_size, columns_part.start // block_size + blocks.shape[1])
+        found = SEARCHES[method](blocks, levels, None if counts is None else counts[here])
+        stored = _storable(found.scale, source.dtype)
+        grid = Grid(stored.astype(np.float32), found.zero)
+        if rounding is None:
+            integers = grid.integers(blocks, levels)
+        else:
+            integers = np.repeat(grid.zero, block_size, axis=1)  # what stands for the zeros of the padding
+            integers[:, :columns] = rounding(blocks.reshape(len(tile), -1)[:, :columns], grid)
+            integers = integers.reshape(blocks.shape)
+        codes[part, here] = pack(integers.astype(np.uint8), bits)
+        scale[part, here], zero[part, here] = stored, found.zero
         noise += float(np.square(grid.values(integers) - blocks, dtype=np.float64).sum())
         power += float(np.square(blocks, dtype=np.float64).sum())
     return Blocks(
@@ -124,130 +166,52 @@ def quantize_blocks(weight: Array, bits: int, block_size: int, *, symmetric: boo
     )
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """The integers that there are: 0 to `top`; `middle` stands for 0.0 if the grid is symmetric."""
-
-    bits: int
-    symmetric: bool
-
-    @property
-    def top(self) -> int:
-        return (1 << self.bits) - 1
-
-    @property
-    def middle(self) -> int:
-        return 1 << (self.bits - 1)
+class NotFiniteError(ValueError):
+    """A matrix holds NaN or infinity."""
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Scale and zero point of each block, float32 (n, blocks)."""
+def _source(weight: Array) -> Source:
+    rows, columns = weight.shape
+    return Source(
+        shape=(rows, columns),
+        dtype=weight.dtype,
+        column_major=weight.strides[0] < weight.strides[1],
+        read=lambda part, columns_part: np.asarray(weight[part, columns_part]),
+    )
 
-    scale: Array
-    zero: Array
 
-    def integers(self, x: Array, levels: _Levels) -> Array:
-        """Integers as float32 for `x` (n, blocks, block_size)."""
-        q = np.rint(x * (1 / self.scale)[..., None])
-        q += self.zero[..., None]
-        return np.clip(q, 0, levels.top, out=q)
+def _tiles(source: Source, block_size: int, *, whole_rows: bool) -> Iterator[tuple[slice, slice, Array]]:
+    """Cuts a matrix into parts of whole blocks that are cheap to read and small enough to work on.
 
-    def values(self, q: Array) -> Array:
-        return np.asarray((q - self.zero[..., None]) * self.scale[..., None])
+    Yields:
+        Rows, columns, and what stands there, (n, k).
+    """
+    rows, columns = source.shape
+    across = columns
+    if source.column_major and not whole_rows:
+        across = min(columns, max(1, _READ // (rows * block_size)) * block_size)
+    down = rows if across < columns else max(1, _READ // max(columns, 1))
+    for row in range(0, rows, down):
+        for column in range(0, columns, across):
+            part, columns_part = slice(row, min(row + down, rows)), slice(column, min(column + across, columns))
+            read = source.read(part, columns_part)
+            if not np.isfinite(read).all():
+                raise NotFiniteError("it holds NaN or infinity")
+            step = len(read) if whole_rows else max(1, _SLAB // read.shape[1])
+            for start in range(0, len(read), step):
+                piece = read[start : start + step]
+                yield slice(row + start, row + start + len(piece)), columns_part, piece
 
-    def refit(self, x: Array, q: Array) -> _Grid:
-        """The grid with the scale that serves `x` best by least squares if its integers are `q`."""
-        shifted = q - self.zero[..., None]
-        products, squares = (np.einsum("nbk,nbk->nb", a, shifted) for a in (x, shifted))
-        usable = (products * np.sign(self.scale) > 0) & np.isfinite(products)
-        return _Grid(np.where(usable, products / np.where(usable, squares, 1), self.scale), self.zero)
 
-    def where(self, better: Array, other: _Grid) -> _Grid:
-        """This grid for the blocks that are `better`, the other one elsewhere."""
-        return _Grid(np.where(better, self.scale, other.scale), np.where(better, self.zero, other.zero))
+def _blocks(tile: Array, block_size: int) -> Array:
+    """A part of a matrix (n, k), padded with zeros to whole blocks: float32 (n, blocks, block_size)."""
+    count = -(-tile.shape[1] // block_size)
+    padded = np.zeros((len(tile), count * block_size), np.float32)
+    padded[:, : tile.shape[1]] = tile
+    return padded.reshape(len(tile), count, block_size)
 
 
 def _storable(scale: Array, dtype: np.dtype[np.floating[Any]]) -> Array:
     """Scales as they are stored; one that vanishes there belongs to a block of zeros, which any scale serves."""
     stored = scale.astype(dtype)
     return np.where(stored == 0, np.ones_like(stored), stored)
-
-
-def _extremes(x: Array, levels: _Levels) -> _Grid:
-    """Round to nearest: the extremes of a block, and zero, are representable."""
-    low, high = x.min(axis=-1), x.max(axis=-1)
-    if levels.symmetric:
-        scale = np.where(high > -low, high, low) / np.float32(-levels.middle)
-        scale[np.abs(scale) < _VANISHING] = 1
-        return _Grid(scale, np.full_like(scale, levels.middle))
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scale = (high - low) / np.float32(levels.top)
-    scale[scale < _VANISHING] = 1
-    return _Grid(scale, np.clip(np.rint(-low / scale), 0, levels.top))
-
-
-def _least_squares(x: Array, levels: _Levels) -> _Grid:
-    """Least squared error over clips and zero points, each with the scale that suits the integers it leads to."""
-    start = best = _extremes(x, levels)
-    lowest = _error(x, start, levels, 2.0)
-    # A symmetric grid has one level more below zero than above: the other sign puts it on the other side.
-    variants = [(1, 0), (-1, 0)] if levels.symmetric else [(1, -1), (1, 0), (1, 1)]
-    for fraction in np.linspace(1.0, _LEAST_RANGE[levels.bits], 5, dtype=np.float32):
-        for sign, shift in variants:
-            zero = start.zero if levels.symmetric else np.clip(start.zero + shift, 0, levels.top)
-            grid = _Grid(start.scale * (sign * fraction), zero)
-            grid = grid.refit(x, grid.integers(x, levels))
-            error = _error(x, grid, levels, 2.0)
-            better = error < lowest
-            best, lowest = grid.where(better, best), np.where(better, error, lowest)
-    return best
-
-
-def _half_quadratic(x: Array, levels: _Levels) -> _Grid:
-    """Least sum of `|error|**0.7` by half-quadratic splitting, after HQQ (Badri and Shaji, mobiusml.github.io, 2023).
-
-    HQQ splits the error into a sparse part, found by shrinkage, and a rest, whose square is minimised. There the scale
-    stays and the zero point is any float, for which runtimes have no fast kernel; here both are fitted in turn, the
-    zero point as an integer, and the error is measured in steps, so that one penalty suits every block.
-    """
-    grid = best = _extremes(x, levels)
-    lowest = _error(x, grid, levels, _NORM)
-    penalty = 10.0
-    for _ in range(20):
-        q = grid.integers(x, levels)
-        error = (x - grid.values(q)) / grid.scale[..., None]
-        size = np.abs(error) + np.float32(1e-6)
-        sparse = np.sign(error) * np.maximum(size - size ** (_NORM - 1) / penalty, 0)
-        rest = x - sparse * grid.scale[..., None]
-        if not levels.symmetric:
-            zero = np.rint((q - rest / grid.scale[..., None]).mean(axis=-1))
-            grid = _Grid(grid.scale, np.clip(zero, 0, levels.top))
-        grid = grid.refit(rest, q)
-        error_sum = _error(x, grid, levels, _NORM)
-        better = error_sum < lowest
-        if not better.any():
-            break
-        best, lowest = grid.where(better, best), np.where(better, error_sum, lowest)
-        penalty *= 1.01
-    return best
-
-
-def _error(x: Array, grid: _Grid, levels: _Levels, norm: float) -> Array:
-    """Sum of `|error|**norm` of each block (n, blocks)."""
-    error = grid.values(grid.integers(x, levels)) - x
-    if norm == 2.0:
-        return np.asarray(np.einsum("nbk,nbk->nb", error, error))
-    return np.asarray((np.abs(error) ** np.float32(norm)).sum(axis=-1))
-
-
-_NORM = 0.7
-_VANISHING = 1e-30  # a scale whose inverse might overflow; its block counts as zeros
-_LEAST_RANGE: Mapping[int, float] = {2: 0.5, 4: 0.7, 8: 0.97}
-"""Bits to the smallest share of a block's range that is worth a try."""
-
-_SEARCHES: Mapping[Method, Callable[[Array, _Levels], _Grid]] = {
-    "rtn": _extremes,
-    "mse": _least_squares,
-    "hqq": _half_quadratic,
-}

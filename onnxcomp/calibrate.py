@@ -90,7 +90,9 @@ def by_row(model: ir.Model, data: Iterable[Feed], runner: Runner) -> Iterable[Fe
 def _has_open_batch(model: ir.Model, feed: Feed) -> bool:
     """Whether all inputs and outputs begin with an axis of open size, which is the same in all arrays of the feed."""
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    if {v.name for v in inputs} != set(feed) or len({a.shape[:1] for a in feed.values()}) != 1:
+    if {v.name for v in inputs} != set(feed) or not all(isinstance(a, np.ndarray) for a in feed.values()):
+        return False  # a sequence
+    if len({a.shape[:1] for a in feed.values()}) != 1:
         return False
     shapes = [v.shape for v in (*inputs, *(v for v in model.graph.outputs if v.shape is not None))]
     return all(s is not None and s.rank() > 0 and not isinstance(s[0], int) for s in shapes)

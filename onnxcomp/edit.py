@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import GraphError
 from onnxcomp.select import SCOPES
+from onnxcomp.skeleton import release
 from onnxcomp.target import Array
 
 
@@ -203,7 +204,7 @@ def constant(value: ir.Value | None) -> Array | None:
     array = tensor.numpy()
     if isinstance(tensor, ir.ExternalTensor):
         array = np.array(array)
-        tensor.release()
+        release(tensor)
     return array
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from onnxcomp.errors import PassError
+from onnxcomp.rewrite import IrPassAdapter
 from onnxcomp.structure import Layers, Structure
 
 KindName = Literal["cnn", "transformer-encoder", "decoder-lm", "recurrent", "recurrent-streaming", "mixed", "other"]
@@ -38,10 +40,7 @@ class Kind:
 
 def classify(model: ir.Model) -> Kind:
     """Says what kind of model it is; the model stays as it is, and of the weights hardly more than shapes is read."""
-    if model.functions:
-        model = model.clone()
-        common_passes.InlinePass()(model)
-    graph = Structure(model)
+    graph = Structure(_without_functions(model))
     attention, convs, linears, recurrent = graph.attention(), graph.convs, graph.linears, graph.recurrent
     seen = [
         *_counted(attention, "attention block"),
@@ -64,6 +63,18 @@ def classify(model: ir.Model) -> Kind:
     if convs.nodes and (convs.nodes >= linears.nodes or conv_share >= _HALF):
         return Kind(name="cnn", evidence=tuple(seen))
     return Kind(name="other", evidence=tuple(seen) or ("no layer with weights",))
+
+
+def _without_functions(model: ir.Model) -> ir.Model:
+    """A copy whose function calls are inlined; the model itself if it calls none, or if they cannot be inlined."""
+    if not model.functions:
+        return model
+    copy = model.clone()
+    try:
+        IrPassAdapter(common_passes.InlinePass())(copy)
+    except PassError:  # a function that calls itself, has another opset, or is called with too many inputs
+        return model
+    return copy
 
 
 def _decoder_evidence(graph: Structure, attention: int) -> list[str]:

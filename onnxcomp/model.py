@@ -21,14 +21,16 @@ from google.protobuf.message import DecodeError
 from onnxcomp.errors import GraphError
 from onnxcomp.macs import count_macs
 from onnxcomp.sanity import make_sane
-from onnxcomp.skeleton import merge_types, skeleton
+from onnxcomp.skeleton import merge_types, release, skeleton
 from onnxcomp.target import TensorSpec
 
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Models whose weights exceed this many bytes are saved with external data; protobuf ends at 2 GiB."""
 
-_KEPT_OUTSIDE = 1 << 29
+_KEPT_OUTSIDE = 1 << 26
 """Weights above this many bytes stay outside if they were: as one file they would be in memory four times over."""
+
+_NO_MAPS = "which cannot be read; export it without: scikit-learn's classifiers with options={'zipmap': False}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except OSError as error:
         raise GraphError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs
+        if "Map types" in str(root_cause(error)):
+            raise GraphError(f"{path} has values of type map, {_NO_MAPS}") from error
         raise GraphError(f"{path} is not a valid ONNX model: {_first_line(root_cause(error))}") from error
     make_sane(model, str(path))
     _check_external_data(model, path)
@@ -84,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Writes a model atomically: a reader sees the old file or the new one, never a part.
 
-    Weights above `EXTERNAL_THRESHOLD` bytes, or half a gigabyte if some of them lie on disk already, go into
+    Weights above `EXTERNAL_THRESHOLD` bytes, or 64 MiB if some of them lie on disk already, go into
     `<name>.data` beside the model; if the model that is replaced uses that name, into `<name>.1.data`, and the old file
     is removed at the end. So a model may be saved over the file that it was loaded from. Its weights that are still on
     disk are then those of a file that is gone: load it anew.
@@ -157,7 +161,7 @@ def _in_memory(model: ir.Model) -> Iterator[None]:
 
 def _loaded(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     array = tensor.numpy().copy()
-    tensor.release()
+    release(tensor)
     return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
 
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcomp.edit import Editor, attribute, constant
 from onnxcomp.quant import Grid
+from onnxcomp.skeleton import release
 from onnxcomp.target import Array
 
 _FLOAT = "onnxcomp.float"  # key in the metadata of a dequantized weight, which is not saved
@@ -66,7 +67,7 @@ def float_weight(value: ir.Value | None) -> Array | None:
     array = np.asarray(tensor.numpy())
     if isinstance(tensor, ir.ExternalTensor):
         array = np.array(array)
-        tensor.release()
+        release(tensor)
     return array
 
 
@@ -142,7 +143,7 @@ def read_activation(value: ir.Value | None) -> QuantizedTensor | None:
     if producer is None or producer.op_type != "QuantizeLinear" or producer.inputs[0] is None:
         return None
     scale, zero_point = constant(_input(producer, 1)), constant(_input(producer, 2))
-    if scale is None or zero_point is None or zero_point.dtype not in (np.uint8, np.int8):
+    if scale is None or zero_point is None or zero_point.dtype not in (np.uint8, np.int8, np.uint16, np.int16):
         return None
     info = np.iinfo(zero_point.dtype)
     return QuantizedTensor(

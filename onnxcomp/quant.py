@@ -2,15 +2,16 @@
 
 `q = clip(round(x / scale) + zero_point, qmin, qmax)` and `x' = (q - zero_point) * scale`, as ONNX `QuantizeLinear` and
 `DequantizeLinear` define it (round half to even). Fewer than 8 bits are carried in an 8-bit container, so that `qmin`
-and `qmax` are narrower than the container.
+and `qmax` are narrower than the container; activations may have 16 bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcomp.errors import CalibrationError
 from onnxcomp.stats import Histogram
@@ -28,7 +29,7 @@ class Grid:
         zero_point: Integer that stands for 0.0, same shape as `scale`.
         qmin: Smallest integer used.
         qmax: Largest integer used.
-        dtype: Container, uint8 or int8.
+        dtype: Container: uint8 or int8, for activations uint16 or int16 as well.
         axis: Channel axis, or None for per-tensor parameters.
     """
 
@@ -36,7 +37,7 @@ class Grid:
     zero_point: Array
     qmin: int
     qmax: int
-    dtype: np.dtype[np.uint8] | np.dtype[np.int8]
+    dtype: np.dtype[Any]
     axis: int | None = None
 
     @property
@@ -77,14 +78,17 @@ class Grid:
         return parameter.reshape(shape)
 
 
-def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = False) -> Grid:
-    """Per-tensor uint8 grid of `2**bits` levels that covers `[low, high]` and zero.
+def activation_grid(
+    low: float, high: float, bits: int, *, symmetric: bool = False, dtype: npt.DTypeLike = np.uint8
+) -> Grid:
+    """Per-tensor grid of `2**bits` levels that covers `[low, high]` and zero.
 
     Args:
         low: Smallest value to represent.
         high: Largest value to represent.
-        bits: 2 to 8.
+        bits: 2 to the bits of the container.
         symmetric: Put the zero point in the middle of the levels.
+        dtype: Container; the levels of a signed one lie around 0.
 
     Returns:
         A grid in which 0.0 is exact.
@@ -95,12 +99,14 @@ def activation_grid(low: float, high: float, bits: int, *, symmetric: bool = Fal
     # A scale below the smallest normal float32 would overflow in 1/scale; such a tensor is all zero to the runtime.
     scale = np.float32(max(step, float(np.finfo(np.float32).tiny)))
     zero_point = middle if symmetric else int(np.clip(np.rint(-low / scale), 0, levels))
+    container: np.dtype[Any] = np.dtype(dtype)
+    qmin = -middle if container.kind == "i" else 0
     return Grid(
         scale=np.asarray(scale, np.float32),
-        zero_point=np.asarray(zero_point, np.uint8),
-        qmin=0,
-        qmax=levels,
-        dtype=np.dtype(np.uint8),
+        zero_point=np.asarray(qmin + zero_point, container),
+        qmin=qmin,
+        qmax=qmin + levels,
+        dtype=container,
     )
 
 
@@ -139,7 +145,7 @@ def _mse_range(histogram: Histogram, low: float, high: float, bits: int) -> tupl
     coarse, fine = _points(histogram, 1), _points(histogram, 4)
 
     def error(low: float, high: float, points: Array, counts: Array) -> float:
-        grid = activation_grid(low, high, bits)
+        grid = activation_grid(low, high, bits, dtype=np.uint8 if bits <= 8 else np.uint16)
         scale, zero = float(grid.scale), float(grid.zero_point)
         wrong = (np.clip(np.rint(points / scale) + zero, grid.qmin, grid.qmax) - zero) * scale - points
         return float(np.einsum("i,i,i->", counts, wrong, wrong))  # not a dot product, which would wake BLAS's threads
@@ -166,14 +172,17 @@ def _points(histogram: Histogram, each: int) -> tuple[Array, Array]:
     return np.clip(points, histogram.min, histogram.max), np.repeat(histogram.counts[used] / each, each)
 
 
-def weight_grid(weight: Array, bits: int, axis: int | None, method: RangeMethod = "mse") -> Grid:
-    """Symmetric int8 grid with zero point 0 for a weight.
+def weight_grid(
+    weight: Array, bits: int, axis: int | None, method: RangeMethod = "mse", dtype: npt.DTypeLike = np.int8
+) -> Grid:
+    """Symmetric grid for a weight, with zero point 0 in int8 and 128 in uint8.
 
     Args:
         weight: Float array.
         bits: 2 to 8; the levels are `-(2**(bits-1) - 1) .. 2**(bits-1) - 1`.
         axis: Channel axis for one scale a channel, None for one scale.
         method: `mse` searches the clip that minimises the squared error of each channel; anything else takes absmax.
+        dtype: Container, int8 or uint8.
     """
     axis = None if axis is None else axis % weight.ndim
     rows = weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
@@ -183,12 +192,14 @@ def weight_grid(weight: Array, bits: int, axis: int | None, method: RangeMethod 
     best = np.maximum(top / qmax, np.finfo(np.float32).tiny).astype(np.float32)
     if method == "mse":
         best = _mse_scales(rows, top, qmax)
+    container: np.dtype[Any] = np.dtype(dtype)
+    zero = 0 if container.kind == "i" else 128
     return Grid(
         scale=best[0] if axis is None else best,
-        zero_point=np.zeros(() if axis is None else len(best), np.int8),
-        qmin=-qmax,
-        qmax=qmax,
-        dtype=np.dtype(np.int8),
+        zero_point=np.full(() if axis is None else len(best), zero, container),
+        qmin=zero - qmax,
+        qmax=zero + qmax,
+        dtype=container,
         axis=axis,
     )
 

@@ -135,6 +135,10 @@ class Pass(ABC):
 
     where: Select = Select()
 
+    def needed_opset(self, context: Context) -> int:
+        """Opset that the pass writes as it is configured, for this target."""
+        return self.min_opset
+
     def requires(self, model: ir.Model, context: Context) -> None:  # noqa: B027 - most passes work on every model
         """Refuses early, before calibration, when the pass cannot work on this model or target.
 
@@ -254,7 +258,7 @@ class Pipeline:
         if progress:
             progress(step.name, 0, None)
         try:
-            edits = _raise_opset(model, step)
+            edits = _raise_opset(model, step.needed_opset(context))
             step.requires(model, context)
             if data is not None and self.runner is not None:
                 told = _named(progress, f"{step.name}: calibrate")
@@ -305,11 +309,11 @@ def _sweep_over(data: Iterable[Feed], runner: Runner, progress: Callable[[int, i
     return sweep
 
 
-def _raise_opset(model: ir.Model, step: Pass) -> list[Edit]:
+def _raise_opset(model: ir.Model, needed: int) -> list[Edit]:
     before = opset(model)
-    if not raise_opset(model, step.min_opset):
+    if not raise_opset(model, needed):
         return []
-    return [Edit(action="applied", node="", op_type="model", detail=f"opset {before} converted to {step.min_opset}")]
+    return [Edit(action="applied", node="", op_type="model", detail=f"opset {before} converted to {needed}")]
 
 
 def _named(progress: Progress | None, text: str) -> Callable[[int, int | None], None] | None:

@@ -12,6 +12,14 @@ _SMALL = 4096  # bytes up to which a weight is kept, since shapes depend on its 
 _MARK = "dropped by onnxcomp: "
 
 
+def release(tensor: ir.ExternalTensor) -> None:
+    """Closes the mapping of a weight on disk, or leaves that to the last one who still looks at it."""
+    try:
+        tensor.release()
+    except BufferError:  # a view of it is about, such as one that a folder of constants keeps
+        tensor.raw = None
+
+
 def skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model with every weight that is large or on disk turned into an input; `model` stays as it is."""
     functions = [ir.to_proto(f) for f in model.functions.values()]

@@ -42,6 +42,13 @@ class Matrix:
         return [*self.products, *self.lookups]
 
     @property
+    def columns(self) -> int:
+        """K, the length of what it is multiplied with."""
+        tensor = _tensor(self.value)
+        assert tensor is not None
+        return int(tensor.shape.numpy()[1 if self.transposed else 0])
+
+    @property
     def graph(self) -> ir.Graph:
         """The graph that owns it."""
         producer = self.value.producer()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, constant, users
+from onnxcomp.edit import Editor, attribute, constant, redirect, users
 from onnxcomp.rewrite import Edit, applied
 from onnxcomp.select import Select
 
@@ -63,6 +63,7 @@ def _rewrite(editor: Editor, conv: ir.Node, where: Select) -> Edit | None:
     _typed(value, image, [image.shape[0], rows * columns, len(weight)])
     if bias is not None:
         value = editor.before(conv, "Add", [value, editor.weight(f"{name}_bias", bias)], name=f"{name}_add", like=value)
+    _read_tokens(conv.outputs[0], value, [image.shape[0], len(weight), rows * columns])
     value = editor.before(conv, "Transpose", [value], name=f"{name}_nchw", attributes={"perm": [0, 2, 1]})
     grid = editor.weight(f"{name}_grid", np.array([-1, len(weight), rows, columns], np.int64))
     value = editor.before(conv, "Reshape", [value, grid], name=f"{name}_image", like=conv.outputs[0])
@@ -70,6 +71,21 @@ def _rewrite(editor: Editor, conv: ir.Node, where: Select) -> Edit | None:
     ir.convenience.replace_all_uses_with(output, value)
     editor.graph.remove(conv, safe=True)
     return applied(conv, "patch embedding written as a MatMul")
+
+
+def _read_tokens(image: ir.Value, tokens: ir.Value, flat: Sequence[int | ir.SymbolicDim]) -> None:
+    """Where an image is flattened to the shape `flat` and transposed, the tokens are read as they are."""
+    for reshape in users(image):
+        if reshape.op_type != "Reshape" or attribute(reshape, "allowzero", 0):
+            continue
+        wanted = constant(reshape.inputs[1])
+        if wanted is None or len(wanted) != len(flat) or wanted[-1] == 0 or (wanted == -1).sum() > 1:
+            continue
+        if any(size not in (0, known) for size, known in zip(wanted.tolist(), flat, strict=True) if size != -1):
+            continue
+        for node in users(reshape.outputs[0]):
+            if node.op_type == "Transpose" and tuple(attribute(node, "perm", ())) == (0, 2, 1):
+                redirect(node.outputs[0], tokens, users(node.outputs[0]))
 
 
 def _static(dims: Sequence[int | ir.SymbolicDim]) -> tuple[int, ...] | None:

@@ -82,6 +82,22 @@ class Linear:
         if shift.any():
             self._set_bias(editor, lambda b: b + moved)
 
+    def take_apart(self, editor: Editor, value: ir.Value, channels: Array) -> None:
+        """Adds, in float, what `channels` of its input contribute; the op itself loses their rows to `scale_inputs`."""
+        assert self.bias is not None
+        name, end = f"{self.node.name}_apart", self.bias.user.outputs[0]
+        readers = users(end)
+        inputs = [value, editor.weight(f"{name}_channels", channels)]
+        picked = editor.after(value, "Gather", inputs, name=f"{name}_input", attributes={"axis": -1})
+        rows = editor.weight(f"{name}_rows", np.ascontiguousarray(self.matrix[channels]))
+        # Not a MatMul, which would be quantized.
+        product = {"equation": "...k,kn->...n"}
+        product_of = editor.after(picked, "Einsum", [picked, rows], name=name, attributes=product, like=end)
+        total = editor.after(end, "Add", [end, product_of], name=f"{name}_sum", like=end)
+        redirect(end, total, readers)
+        editor.rename(self.node.outputs[0], "smooth")
+        editor.rename(end, "smooth")
+
     def scale_outputs(self, editor: Editor, scale: Array, shift: Array) -> None:
         """Makes the output, bias included, `(y - shift) / scale`."""
         self._set(editor, self.matrix / scale)

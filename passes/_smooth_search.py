@@ -7,7 +7,7 @@ Candidates compete on one half of the sampled rows; the other half decides wheth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,9 +18,10 @@ from onnxcomp.target import Array
 
 Method = Literal["smoothquant", "repq", "best"]
 
-_COLUMNS = 256  # of the weights, drawn at random, in which errors are counted
-_BINS = 1024
-_WIDTHS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+_COLUMNS = 192  # of the weights, drawn at random, in which errors are counted
+_BINS = 512
+_WIDTHS = (1.5, 3.0, 6.0, 12.0)
+_APART = (1, 2, 4, 8)
 _FLOOR = 1e-2  # a channel is taken to be at least this wide, in widths of the median channel: data will differ
 
 
@@ -32,11 +33,13 @@ class Smoothing:
         scale: Float32 `(channels,)`, positive.
         shift: Float32 `(channels,)`.
         label: How they were found.
+        apart: Numbers of channels that the quantized layers are spared, int64; a product in float stands for them.
     """
 
     scale: Array
     shift: Array
     label: str
+    apart: Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ def repq(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
 
 
 def search(
-    layer: Layer, method: Method, alphas: Sequence[float], *, shifts: bool, seed: int
+    layer: Layer, method: Method, alphas: Sequence[float], *, shifts: bool, seed: int, apart: bool = False
 ) -> tuple[Smoothing, float]:
     """The best smoothing.
 
@@ -112,12 +115,14 @@ def search(
         alphas: SmoothQuant's exponents; more than five are searched from coarse to fine.
         shifts: Whether channels can be shifted, too.
         seed: Draws the columns of the weights.
+        apart: Whether few channels can be taken out of the layer.
 
     Returns:
         The smoothing, and the output error on held-out rows over that without smoothing.
     """
     trial = _Trial(layer, seed)
-    found = min(_candidates(layer, method, alphas, shifts, trial), key=lambda c: trial.error(c, held_out=False))
+    candidates = [*_candidates(layer, method, alphas, shifts, trial), *(_without_widest(layer) if apart else ())]
+    found = min(candidates, key=lambda c: trial.error(c, held_out=False))
     none = Smoothing(scale=np.ones(len(layer.low)), shift=np.zeros(len(layer.low)), label="none")
     return found, trial.error(found, held_out=True) / max(trial.error(none, held_out=True), np.finfo(np.float64).tiny)
 
@@ -142,21 +147,31 @@ def _candidates(
             yield Smoothing(scale=scale, shift=shift if shifts else nowhere, label=f"repq{note}")
 
 
-def _along(layer: Layer, alphas: Sequence[float], shift: Array, note: str, trial: _Trial) -> Iterator[Smoothing]:
-    """Every fifth or so exponent, and then those around the best of these."""
-    made: dict[float, Smoothing] = {}
+def _without_widest(layer: Layer) -> Iterator[Smoothing]:
+    """Massive activations of single tokens stand in few channels, and neither a scale nor a range can do without."""
+    ones, nowhere = np.ones(len(layer.low)), np.zeros(len(layer.low))
+    order = np.argsort(_reach(layer, nowhere))[::-1]
+    for count in _APART:
+        if 16 * count <= len(order):
+            yield Smoothing(scale=ones, shift=nowhere, label=f"{count} channels apart", apart=np.sort(order[:count]))
 
-    def at(alpha: float) -> Smoothing:
-        if alpha not in made:
-            scale = smoothquant(layer, alpha, shift)
-            made[alpha] = Smoothing(scale=scale, shift=shift, label=f"smoothquant alpha {alpha:.2f}{note}")
-        return made[alpha]
+
+def _along(layer: Layer, alphas: Sequence[float], shift: Array, note: str, trial: _Trial) -> Iterator[Smoothing]:
+    """Every fourth exponent or so, then those around the best, at half the distance each time."""
+    made: dict[int, Smoothing] = {}
+
+    def error(i: int) -> float:
+        if i not in made:
+            label = f"smoothquant alpha {alphas[i]:.2f}{note}"
+            made[i] = Smoothing(scale=smoothquant(layer, alphas[i], shift), shift=shift, label=label)
+        return trial.error(made[i], held_out=False)
 
     stride = max(1, (len(alphas) - 1) // 5)
-    coarse = range(0, len(alphas), stride)
-    best = min(coarse, key=lambda i: trial.error(at(alphas[i]), held_out=False))
-    for i in range(max(0, best - stride + 1), min(len(alphas), best + stride)):
-        yield at(alphas[i])
+    best = min(range(0, len(alphas), stride), key=error)
+    while stride > 1:
+        stride //= 2
+        best = min((i for i in (best, best - stride, best + stride) if 0 <= i < len(alphas)), key=error)
+    yield made[best]
 
 
 class _Trial:
@@ -170,36 +185,57 @@ class _Trial:
         self.weight = layer.weight[:, columns].astype(np.float32)
         self.norms = (layer.weight.astype(np.float64) ** 2).sum(axis=1)
         self.halves = layer.rows[::2], layer.rows[1::2]
+        self.exact = tuple(rows @ self.weight for rows in self.halves)
+        self.importance = tuple(_importance(y) for y in self.exact)
         self._errors: dict[tuple[str, bool], float] = {}
 
     def error(self, smoothing: Smoothing, *, held_out: bool) -> float:
         key = smoothing.label, held_out
         if key not in self._errors:
-            self._errors[key] = self._measure(smoothing, self.halves[held_out])
+            self._errors[key] = self._measure(smoothing, int(held_out))
         return self._errors[key]
 
-    def _measure(self, smoothing: Smoothing, rows: Array) -> float:
+    def _measure(self, smoothing: Smoothing, half: int) -> float:
         scale, shift = smoothing.scale.astype(np.float32), smoothing.shift.astype(np.float32)
-        seen = (self.halves[0] - shift) / scale
-        histogram = Histogram(_BINS, weights=self.norms * scale.astype(np.float64) ** 2)
-        histogram.update(seen)
         bits = self.layer.activation_bits
+        apart = smoothing.apart
+        x = (self.halves[0] - shift) / scale
+        x[:, apart] = 0.0
+        histogram = Histogram(_BINS, weights=self.norms * scale.astype(np.float64) ** 2)
+        histogram.update(x)
         grid = activation_grid(*observed_range(histogram, "mse", bits), bits)
+        if half:
+            x = (self.halves[half] - shift) / scale
+            x[:, apart] = 0.0
         weight = self.weight * scale[:, None]
-        rounded = weight_grid(weight, self.layer.weight_bits, 1, "minmax").round_trip(weight)
-        smooth = (rows - shift) / scale
-        difference = grid.round_trip(smooth) @ rounded - smooth @ weight
-        return float(self._importance(rows) @ (difference.astype(np.float64) ** 2).sum(axis=1))
+        weight[apart] = 0.0
+        steps = weight_grid(weight, self.layer.weight_bits, 1, "minmax").scale
+        wrong = _rounded(x, grid.scale, grid.low, grid.high) @ _rounded(weight, steps)
+        wrong -= self.exact[half]
+        if shift.any():
+            wrong += shift @ self.weight
+        if len(apart):
+            wrong += self.halves[half][:, apart] @ self.weight[apart]
+        return float(self.importance[half] @ np.einsum("ij,ij->i", wrong, wrong).astype(np.float64))
 
-    def _importance(self, rows: Array) -> Array:
-        """Weight of the error of each row: less where the output is far larger than that of most rows.
 
-        A transformer has a few tokens with massive activations. Their errors would outweigh those of all others, while
-        the norm behind the residual connection divides them by just that size.
-        """
-        power = ((rows @ self.weight).astype(np.float64) ** 2).sum(axis=1)
-        usual = float(np.median(power))
-        return np.asarray(1.0 / (1.0 + power / usual)) if usual > 0.0 else np.ones(len(rows))
+def _rounded(x: Array, step: Array, low: Array | None = None, high: Array | None = None) -> Array:
+    """What stands for float32 `x` on a grid, in place: `x` is used up."""
+    x /= step
+    np.rint(x, out=x)
+    x *= step
+    return x if low is None else np.clip(x, low, high, out=x)
+
+
+def _importance(outputs: Array) -> Array:
+    """Weight of the error of each row: less where the output is far larger than that of most rows.
+
+    A transformer has a few tokens with massive activations. Their errors would outweigh those of all others, while the
+    norm behind the residual connection divides them by just that size.
+    """
+    power = (outputs.astype(np.float64) ** 2).sum(axis=1)
+    usual = float(np.median(power))
+    return np.asarray(1.0 / (1.0 + power / usual)) if usual > 0.0 else np.ones(len(outputs))
 
 
 def _reach(layer: Layer, shift: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.edit import attribute
+from onnxcomp.skeleton import release
 
 
 def transpose_weights(model: ir.Model) -> None:
@@ -39,5 +40,5 @@ def transpose_weights(model: ir.Model) -> None:
 def _transposed(tensor: ir.TensorProtocol, order: tuple[int, ...]) -> ir.TensorProtocol:
     array = np.array(np.transpose(tensor.numpy(), order), order="C")
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+        release(tensor)
     return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)

@@ -20,6 +20,7 @@ from onnxcomp.passes._clips import merge_clips
 from onnxcomp.passes._patches import patches_to_matmul
 from onnxcomp.passes._shapes import settle_shapes
 from onnxcomp.passes._transposes import transpose_weights
+from onnxcomp.passes._vectors import biases_to_vectors
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass
 
 _PORTABLE_DOMAIN = "onnxcomp"
@@ -81,7 +82,7 @@ class Cleanup(Pass):
             IrPassAdapter(common_passes.CommonSubexpressionEliminationPass())(model)
         transpose_weights(model)
         edits = [Edit(action="refused", node="", op_type="model", detail=text) for text in simplify.failed]
-        for fold in (merge_clips, fold_affine, patches_to_matmul):
+        for fold in (merge_clips, fold_affine, patches_to_matmul, biases_to_vectors):
             edits += fold(model, self.where)
         IrPassAdapter(
             common_passes.RemoveUnusedNodesPass(),

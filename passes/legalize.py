@@ -18,6 +18,7 @@ from onnxcomp.passes._legalize import (
     check,
     clips,
     forms,
+    halves,
     missing,
     moving,
     pairs,
@@ -34,6 +35,7 @@ _BINS = 8192
 _ROUNDS = 12  # what one rule leaves another may take up; graphs seen need three
 
 _RULES: Sequence[Callable[[Work], None]] = (
+    halves.whole_floats,
     forms.sorted_nodes,
     forms.standard_domain,
     forms.scalar_parameters,
@@ -41,6 +43,7 @@ _RULES: Sequence[Callable[[Work], None]] = (
     forms.clip_from_min_max,
     weights.fold_quantized_constants,
     weights.symmetric_weights,
+    weights.written_zero_points,
     channels.channels_to_weights,
     signed.unsigned_activations,
     pairs.drop_inverse,
@@ -61,10 +64,11 @@ class Legalize(Pass):
     that the other tool left in float between quantized ops are quantized where the graph tells their range.
 
     Attributes:
-        exact: Keep every integer what it is, up to ties in rounding. Otherwise a rounding that another follows is
-            dropped; a grid of which a Relu leaves only a part is fitted to that part; a float value that is read
-            besides its quantizer is read rounded; missing tensors are quantized. A tensor then differs by at most half
-            a step of a grid, more of the model runs on integers, and fewer ops are left.
+        exact: Keep every integer what it is, up to ties in rounding. Otherwise a float16 model is computed in float32;
+            a rounding that another follows is dropped; a grid of which a Relu leaves only a part is fitted to that
+            part; a float value that is read besides its quantizer is read rounded; missing tensors are quantized. A
+            tensor then differs by at most half a step of a grid, more of the model runs on integers, and fewer ops are
+            left.
         calibrate: Observe the missing tensors, so that those are quantized too whose range the graph does not tell; it
             needs data.
         range: How their ranges are found.

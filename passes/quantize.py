@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -23,25 +23,30 @@ from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
 from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
 from onnxcomp.stats import ChannelMean, Group, Histogram, Observer
-from onnxcomp.target import Array
+from onnxcomp.target import Array, Capabilities
 
 # The mean of a difference between two roundings of the same values settles sooner than the ends of a range do.
 _ROUNDED_FEEDS = 16
 # An int32 bias is kept this far below overflow, so that the accumulator it starts has room.
 _BIAS_LIMIT = 2.0**30
 
+_ACTIVATION_TYPES = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT16, ir.DataType.INT16)
+_WEIGHT_TYPES = (ir.DataType.INT8, ir.DataType.UINT8)
+_OPSET_OF_16_BITS = 21  # of QuantizeLinear
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Quantizes activations per tensor to uint8 and weights per output channel to int8.
+    """Quantizes activations per tensor and weights per output channel, to integer types that the target takes.
 
-    Values with fewer than 8 bits are carried in 8-bit containers. What is quantized follows the target's placements:
+    Values with fewer than 8 bits are carried in 8-bit containers. A target that takes activations of 16 bits alone gets
+    these. What is quantized follows the target's placements:
     linear ops with their inputs, and outputs where the target needs them; elementwise ops between quantized tensors;
     ops that only move values. A ReLU or Clip in front of a quantizer whose range lies inside it is dropped, since the
     quantizer saturates at the same place.
 
     Attributes:
-        activation_bits: 2 to 8.
+        activation_bits: 2 to 8, or 16 where the target takes them.
         weight_bits: 2 to 8; where the CPU's int8 dot product saturates, 8 becomes 7.
         range: How ranges of activations are found; `mse` minimises the expected squared error.
         percentile: Percent of values to cover, for `range = "percentile"`.
@@ -60,7 +65,7 @@ class Quantize(Pass):
     summary: ClassVar[str] = "static int8 (2 to 8 bit) QDQ quantization, placed for the target's integer kernels"
     min_opset: ClassVar[int] = 13  # DequantizeLinear along an axis
 
-    activation_bits: Annotated[int, Ge(2), Le(8)] = 8
+    activation_bits: Annotated[int, Ge(2), Le(16)] = 8
     weight_bits: Annotated[int, Ge(2), Le(8)] = 8
     range: RangeMethod = "mse"
     percentile: Annotated[float, Gt(50.0), Le(100.0)] = 99.99
@@ -72,9 +77,18 @@ class Quantize(Pass):
     bins: Annotated[int, Ge(256), Le(1 << 20)] = 8192
 
     @override
+    def needed_opset(self, context: Context) -> int:
+        wide = _activation_dtype(context.capabilities, self.activation_bits).itemsize > 1
+        return _OPSET_OF_16_BITS if wide else self.min_opset
+
+    @override
     def requires(self, model: ir.Model, context: Context) -> None:
         if not context.capabilities.placements:
             raise PassError(f"target {context.capabilities.target!r} has no integer kernels")
+        if 8 < self.activation_bits < 16:
+            raise PassError(f"activation_bits is {self.activation_bits}; it can be 2 to 8, or 16")
+        _activation_dtype(context.capabilities, self.activation_bits)
+        _weight_dtype(context.capabilities)
 
     @override
     def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
@@ -117,8 +131,13 @@ class Quantize(Pass):
         histogram = context.statistic(observed, Histogram)
         if not histogram.count:
             raise CalibrationError(f"value {observed!r} is empty in all calibration data; give data where it is not")
-        low, high = observed_range(histogram, self.range, self.activation_bits, percentile=self.percentile)
-        return activation_grid(low, high, self.activation_bits, symmetric=self.symmetric and not unsigned)
+        bits, dtype = self._activation_bits(context), _activation_dtype(context.capabilities, self.activation_bits)
+        low, high = observed_range(histogram, self.range, bits, percentile=self.percentile)
+        return activation_grid(low, high, bits, symmetric=self.symmetric and not unsigned, dtype=dtype)
+
+    def _activation_bits(self, context: Context) -> int:
+        wide = _activation_dtype(context.capabilities, self.activation_bits).itemsize > 1
+        return 16 if wide else self.activation_bits
 
     def _quantize_linear(
         self,
@@ -132,12 +151,12 @@ class Quantize(Pass):
         assert weight is not None
         bits = min(self.weight_bits, 7) if context.capabilities.reduce_range else self.weight_bits
         axis = linear.channel_axis if self.per_channel else None
-        grid = weight_grid(weight, bits, axis, self.weight_range)
+        grid = weight_grid(weight, bits, axis, self.weight_range, _weight_dtype(context.capabilities))
         if bias is not None:
             grid = _with_room_for_bias(grid, bias.reshape(-1), input_scale)
         linear.node.replace_input_with(1, quantize_weight(editor, linear.weight, weight, grid, linear.node))
         each = "channel" if self.per_channel else "tensor"
-        detail = f"input {self.activation_bits} bit, weight {bits} bit per {each}"
+        detail = f"input {self._activation_bits(context)} bit, weight {bits} bit per {each}"
         shift = self._correction(linear, weight, grid, errors, context)
         if linear.bias is not None and linear.bias_user is not None and bias is not None:
             scale = np.asarray(input_scale * grid.scale, np.float32)
@@ -178,6 +197,25 @@ class Quantize(Pass):
         if (name, axis) in errors:
             shift = shift - mean_shift(linear, stored, errors[name, axis], seen.shape)
         return shift
+
+
+def _activation_dtype(capabilities: Capabilities, bits: int) -> np.dtype[Any]:
+    """The first type that holds `bits`, one of 8 bits if there is one; see `Capabilities.activation_dtypes`."""
+    known = [d for d in capabilities.activation_dtypes if d in _ACTIVATION_TYPES]
+    fitting = [d for d in known if d.bitwidth >= bits]
+    if not fitting:
+        names = ", ".join(d.name for d in known) or "none"
+        raise PassError(
+            f"target {capabilities.target!r} has no integer kernel for activations of {bits} bits; it takes {names}"
+        )
+    return min(fitting, key=lambda d: d.bitwidth).numpy()  # the first of those of equal width
+
+
+def _weight_dtype(capabilities: Capabilities) -> np.dtype[Any]:
+    found = next((d for d in capabilities.weight_dtypes if d in _WEIGHT_TYPES), None)
+    if found is None:
+        raise PassError(f"target {capabilities.target!r} takes no weights of INT8 or UINT8")
+    return found.numpy()
 
 
 def _channel_weights(todo: Plan) -> dict[str, tuple[Array, int]]:

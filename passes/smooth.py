@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from onnxcomp.edit import Editor
 from onnxcomp.model import all_nodes
+from onnxcomp.opset import opset
 from onnxcomp.passes._scale_folds import (
     Linear,
     Source,
@@ -60,7 +61,9 @@ class Smooth(Pass):
     LeakyReLU or a gate that multiplies. The scale goes into the weights of all layers that read the activation, the
     shift into their biases. The float function stays what it was, and nothing is added to the graph.
 
-    Behind a GELU there is no such place. With `explicit`, a Mul is inserted there if it pays.
+    Behind a GELU there is no such place. With `explicit`, a Mul is inserted there if it pays. Where few channels are
+    massive, as in single tokens of vision transformers (Sun et al., arXiv 2402.17762), it may also take up to eight of
+    them out of the layer, and adds their product with their rows of the weight in float.
 
     Attributes:
         method: `smoothquant` (Xiao et al., arXiv 2211.10438), `repq` (Li et al., arXiv 2212.08254), or `best`, which
@@ -82,7 +85,7 @@ class Smooth(Pass):
     alpha: Annotated[float, Ge(0.0), Le(1.0)] | None = None
     activation_bits: Annotated[int, Ge(2), Le(8)] = 8
     weight_bits: Annotated[int, Ge(2), Le(8)] = 8
-    rows: Annotated[int, Ge(32), Le(1 << 20)] = 2048
+    rows: Annotated[int, Ge(32), Le(1 << 20)] = 1024
     min_gain: Annotated[float, Ge(0.0), Le(1.0)] = 0.02
     explicit: bool = False
     explicit_gain: Annotated[float, Ge(0.0), Le(1.0)] = 0.8
@@ -109,12 +112,12 @@ class Smooth(Pass):
             if isinstance(source, str):
                 edits += [refused(n.node, f"{source}; explicit = true may insert a Mul") for n in site.linears]
             else:
-                edits += self._smooth(editor, site, source, context)
+                edits += self._smooth(editor, site, source, context, opset(model))
         if any(e.action == "applied" for e in edits):
             IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
-    def _smooth(self, editor: Editor, site: _Site, source: Source, context: Context) -> list[Edit]:
+    def _smooth(self, editor: Editor, site: _Site, source: Source, context: Context, version: int) -> list[Edit]:
         nodes = [linear.node for linear in site.linears]
         seen = context.statistic(site.value.name or "", ChannelRange)
         weight_bits = min(self.weight_bits, 7) if context.capabilities.reduce_range else self.weight_bits
@@ -131,13 +134,18 @@ class Smooth(Pass):
         shifts = source.shifts and all(linear.bias is not None for linear in site.linears)
         for node in nodes:
             node.metadata_props[_TREATED] = self.method
-        found, ratio = search(layer, self.method, alphas, shifts=shifts, seed=context.seed)
+        apart = source.costs and self.method == "best" and version >= 12 and all(map(_can_lose, site.linears))
+        found, ratio = search(layer, self.method, alphas, shifts=shifts, seed=context.seed, apart=apart)
         needed = self.explicit_gain if source.costs else self.min_gain
         if not ratio <= 1.0 - needed:
             return [refused(node, f"no scale lowers the held-out output error by {needed:.0%}") for node in nodes]
-        source.divide(editor, found.scale, found.shift)
+        divisor, factor = found.scale.copy(), found.scale.copy()
+        divisor[found.apart], factor[found.apart] = np.inf, 0.0
+        source.divide(editor, divisor, found.shift)
         for linear in site.linears:
-            linear.scale_inputs(editor, found.scale, found.shift)
+            if len(found.apart):
+                linear.take_apart(editor, site.value, found.apart)
+            linear.scale_inputs(editor, factor, found.shift)
         detail = f"{found.label}, {source.place}; held-out output error x {ratio:.3f}"
         return [applied(node, detail) for node in nodes]
 
@@ -162,3 +170,12 @@ class Smooth(Pass):
             source = direct_source(value, len(linears[0].matrix))
             sites.append(_Site(value=value, linears=tuple(linears), source=source))
         return sites
+
+
+def _can_lose(linear: Linear) -> bool:
+    """Whether a product can be added behind its bias; without one, runtimes take MatMul and Add for a float Gemm."""
+    return linear.bias is not None and linear.bias.user is not linear.node and not _is_output(linear.bias.user)
+
+
+def _is_output(node: ir.Node) -> bool:
+    return any(v.is_graph_output() for v in node.outputs)

@@ -104,6 +104,27 @@ def test_a_model_without_layers():
     assert str(classify(model)) == "other (no layer with weights)"
 
 
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [
+        ("local.F (x, x)", '<domain: "local", opset_import: ["" : 17]> F (a) => (b) { b = Relu (a) }'),
+        ("local.F (x)", '<domain: "local", opset_import: ["" : 13]> F (a) => (b) { b = Relu (a) }'),
+        ("local.F (x)", '<domain: "local", opset_import: ["local" : 1]> F (a) => (b) { b = local.F (a) }'),
+    ],
+    ids=["too many inputs", "another opset", "calls itself"],
+)
+def test_function_that_cannot_be_inlined(call, function):
+    """What stands around the call is still seen."""
+    model = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17, "local" : 1]> '
+        "g (float[1, 1, 8, 8] x) => (float[1, 1, 6, 6] y) <float[1, 1, 3, 3] w = {1, 2, 3, 4, 5, 6, 7, 8, 9}> "
+        f"{{ z = {call}\n y = Conv (z, w) }}\n{function}"
+    )
+    before = ir.to_onnx_text(model)
+    assert classify(model).name == "cnn"
+    assert ir.to_onnx_text(model) == before
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_torch_exports(dynamo, tmp_path):

@@ -135,6 +135,28 @@ def test_small_external_weights_go_into_the_file(tmp_path, external_path, run, x
     assert all(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
 
 
+def test_weights_on_disk_that_somebody_looks_at(tmp_path, external_path, run, x):
+    """A folder of constants makes views of them, for one that is reshaped."""
+    model = load(external_path)
+    views = [v.const_value.numpy() for v in model.graph.initializers.values()]
+    before = [view.copy() for view in views]
+    save(model, tmp_path / "out.onnx")
+    np.testing.assert_array_equal(run(tmp_path / "out.onnx", {"x": x})[0], run(external_path, {"x": x})[0])
+    for view, expected in zip(views, before, strict=True):
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_map_outputs_are_refused_with_advice(tmp_path):
+    value = onnx.ValueInfoProto(name="y")
+    value.type.map_type.key_type = TensorProto.INT64
+    value.type.map_type.value_type.tensor_type.elem_type = TensorProto.FLOAT
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])
+    graph = helper.make_graph([helper.make_node("ZipMap", ["x"], ["y"], domain="ai.onnx.ml")], "g", [x], [value])
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(GraphError, match="zipmap"):
+        load(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch, external_path, run, x, same):
     monkeypatch.setattr(model_module, "EXTERNAL_THRESHOLD", 1000)

@@ -1,6 +1,6 @@
 """WikiText-2 for the decoder: one end of the text to calibrate, the other to evaluate.
 
-onnxcomp compress smollm2.onnx -o out --recipe weight_only4 --data examples.llm.data:calibration \
+onnxcomp compress smollm2.onnx -o out --recipe weight_only4_gptq --data examples.llm.data:calibration \
     --eval-data examples.llm.data:evaluation --metric examples.llm.data:perplexity
 """
 
@@ -15,7 +15,7 @@ from examples.llm.model import Config, smollm2_weights
 from examples.llm.session import wikitext
 from examples.llm.tokenizer import Tokenizer
 
-WINDOW, CALIBRATION, EVALUATION = 256, 64, 16
+WINDOW, CALIBRATION, EVALUATION = 512, 32, 8
 
 Feed = Mapping[str, np.ndarray]
 

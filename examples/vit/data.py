@@ -32,18 +32,34 @@ def calibration() -> Iterator[dict[str, np.ndarray]]:
         yield {"image": preprocess(image)}
 
 
+def draw(count: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds of training pictures drawn at random, no picture twice."""
+    images = _array("train_images")
+    for index in np.random.default_rng(seed).permutation(len(images))[:count]:
+        yield {"image": preprocess(images[index])}
+
+
+def test_pictures(count: int | None) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds of the first test pictures, or of all."""
+    for image in _array("test_images")[:count]:
+        yield {"image": preprocess(image)}
+
+
+def labels() -> np.ndarray:
+    """Classes of the test pictures, `(pictures,)`."""
+    return _array("test_labels")
+
+
 def evaluation() -> Iterator[dict[str, np.ndarray]]:
     """Feeds of test pictures."""
-    for image in _array("test_images")[: _limit()]:
-        yield {"image": preprocess(image)}
+    yield from test_pictures(_limit())
 
 
 def top1(run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Share of test pictures that are classified correctly."""
-    labels = _array("test_labels")[: _limit()]
     hits = [
         int(np.argmax(next(iter(run(feed).values())))) == label
-        for feed, label in zip(evaluation(), labels, strict=True)
+        for feed, label in zip(evaluation(), labels()[: _limit()], strict=True)
     ]
     return {"top1": float(np.mean(hits))}
 
@@ -61,7 +77,7 @@ def preprocess(image: np.ndarray) -> np.ndarray:
 
 def _array(name: str) -> np.ndarray:
     with np.load(archive(), allow_pickle=False) as arrays:
-        return arrays[name]
+        return np.asarray(arrays[name])
 
 
 def _limit() -> int | None:

@@ -1,9 +1,11 @@
 """A vision transformer of ViT-Ti/16 shape with random weights and outlier channels in its norms.
 
     python -m examples.vit.outlier [--images 64]
+    python -m examples.vit.outlier --latency
 
 Trained transformers have a few channels that are tens of times larger than the rest. Here they are made: in every
 LayerNorm, four entries of gamma are multiplied by 20 to 60. The table compares static int8 with and without `smooth`.
+With `--latency`: time over that of fp32, on one thread, both measured in turn.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import api
 from onnxcomp.compare import compare
 from onnxcomp.passes.cleanup import Cleanup
 from onnxcomp.passes.quantize import Quantize
@@ -113,7 +116,8 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=64)
-    images = parser.parse_args().images
+    parser.add_argument("--latency", action="store_true")
+    options = parser.parse_args()
     original = outlier_vit()
     rows: dict[str, tuple[Pass, ...]] = {
         "static int8": (Cleanup(), Quantize()),
@@ -124,8 +128,13 @@ def main() -> None:
         model = outlier_vit()
         pipeline = Pipeline(passes=passes, capabilities=OrtCpu().capabilities(), runner=reference_runner)
         pipeline.run(model, list(pictures(32, seed=1)))
+        if options.latency:
+            ratio = api.profile(model, original, threads=1, repeat=50).ratio
+            assert ratio is not None
+            print(f"{label:40} {ratio.median:.3f} of the time of fp32 ({ratio.low:.3f}-{ratio.high:.3f})", flush=True)
+            continue
         runs = [reference_runner(m, ["logits"]) for m in (original, model)]
-        found = compare(runs[0], runs[1], pictures(images, seed=2), data_name="random pictures").outputs[0]
+        found = compare(runs[0], runs[1], pictures(options.images, seed=2), data_name="random pictures").outputs[0]
         print(f"{label:40} SQNR {found.sqnr:6.2f} dB, agreement {found.top1:.3f}", flush=True)
 
 

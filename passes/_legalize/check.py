@@ -19,6 +19,8 @@ from onnxcomp.passes._legalize.graph import (
     weight_of,
 )
 
+_SEVEN_BITS = 64  # 255 * (64 + 64) still fits 16 bits
+
 
 def refuse_rest(work: Work) -> None:
     """Reports what stays in float or slow, once an op."""
@@ -29,7 +31,7 @@ def refuse_rest(work: Work) -> None:
         if node.graph is not work.model.graph:
             if is_op(node, "QuantizeLinear"):
                 work.refuse(node, "it stands in a subgraph or function; inline that first")
-        elif (reason := _obstacle(node)) is not None:
+        elif (reason := _obstacle(node) or _saturation(work, node)) is not None:
             work.refuse(node, reason)
 
 
@@ -73,6 +75,20 @@ def _weight(node: ir.Node, weight: ir.Node) -> str | None:
     if zero_point is not None and len(np.unique(zero_point)) > 1:
         return "the zero points of its weight differ between channels"
     return None
+
+
+def _saturation(work: Work, node: ir.Node) -> str | None:
+    """Whether sums of two products overflow 16 bits on a CPU that keeps them there."""
+    weight = weight_of(node) if work.capabilities.reduce_range else None
+    if weight is None or not _is_activation_quantized(node):
+        return None
+    integers = constant(weight.inputs[0])
+    if integers is None or integers.dtype != np.int8 or np.abs(integers.astype(np.int16)).max(initial=0) <= _SEVEN_BITS:
+        return None
+    return (
+        "its weight has 8 bits, whose products saturate on this CPU, which has no 8-bit dot product: outputs may be "
+        "wrong; have the other tool quantize weights to 7 bits (reduce_range), or quantize the float model here"
+    )
 
 
 def _gemm(node: ir.Node) -> str | None:

@@ -10,6 +10,7 @@ from onnxcomp.passes._legalize.graph import (
     STANDARD,
     Work,
     default_dtype,
+    is_op,
     operand,
     producer,
     set_operand,
@@ -81,6 +82,18 @@ def symmetric_weights(work: Work) -> None:
     for node in list(work.model.graph):
         if (index := _INTEGER_OPS.get(node.op_type)) is not None and work.where(node):
             _center(work, node, index, index + 2)
+
+
+def written_zero_points(work: Work) -> None:
+    """The zero point of an int8 weight is written out: without it, onnxruntime 1.32 computes a Gemm in float."""
+    for node in work.nodes("DequantizeLinear"):
+        tensor, scale = stored(node.inputs[0]), constant(operand(node, 1))
+        if tensor is None or scale is None or operand(node, 2) is not None or attribute(node, "block_size"):
+            continue
+        readers = node.outputs[0].uses()
+        if tensor.dtype == ir.DataType.INT8 and any(is_op(n, "MatMul", "Gemm") and i == 1 for n, i in readers):
+            set_operand(node, 2, work.editor.weight(f"{node.name}_zero_point", np.zeros(scale.shape, np.int8)))
+            work.done(node, "zero point 0 written out")
 
 
 def _center(work: Work, node: ir.Node, data: int, zero: int) -> None:

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcomp.errors import CalibrationError
+from onnxcomp.skeleton import release
 from onnxcomp.target import Array
 from onnxcomp.targets.ort.runtime import onnxruntime
 
@@ -127,7 +128,7 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
 def _embedded(tensor: ir.ExternalTensor) -> onnx.TensorProto:
     """External data read into the protobuf; the mapping of the file is released again."""
     proto = onnx.TensorProto(data_type=int(tensor.dtype), dims=tensor.shape.numpy(), raw_data=tensor.tobytes())
-    tensor.release()
+    release(tensor)
     return proto
 
 

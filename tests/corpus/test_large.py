@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxcomp.model import load
+from tests.corpus.large_decoder import measure, write_decoder
 
 SIDE, LAYERS = 2048, 40  # 16 MB a matrix
 LIMIT = 400 << 20
@@ -66,3 +67,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         assert before is not None
         assert after is not None
         np.testing.assert_array_equal(after.numpy(), before.numpy().T if i % 2 else before.numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "limit"), [("weight_only8", 400), ("weight_only4", 600)])
+def test_a_decoder_is_quantized_in_bounded_memory(recipe, limit, tmp_path):
+    """Limits in MB hold for mapped pages, too; `python -m tests.corpus.large_decoder` takes a larger model."""
+    source, result = tmp_path / "decoder.onnx", tmp_path / "result.onnx"
+    size = write_decoder(source, 2.2)
+    assert measure(source, result, recipe)["VmHWM"] < limit
+    ops = {n.op_type for n in onnx.load(result, load_external_data=False).graph.node}
+    assert "MatMulNBits" in ops
+    assert sum(f.stat().st_size for f in tmp_path.glob("result.onnx*")) < size / 2

@@ -14,9 +14,10 @@ from examples.llm.model import build, smollm2_weights
 from examples.llm.session import Decoder, wikitext
 from examples.llm.tokenizer import Tokenizer
 from onnxcomp.model import save
+from onnxcomp.passes.awq import Awq
 from onnxcomp.passes.weight_only import WeightOnly
 from onnxcomp.rewrite import Pipeline
-from onnxcomp.targets.ort import OrtCpu
+from onnxcomp.targets.ort import OrtCpu, reference_runner
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 2, 64, 4, 2, 96, 280
 SIZE, THETA, EPSILON = WIDTH // HEADS, 1e4, 1e-5
@@ -191,6 +192,41 @@ def test_weight_only_keeps_the_tie_and_the_function(bits, form, tolerance, gguf,
     save(model, tmp_path / "small.onnx")
     found, expected = Decoder(tmp_path / "small.onnx").run(TOKEN_NUMBERS), reference(TOKEN_NUMBERS)
     assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def windows(count: int) -> list[dict[str, np.ndarray]]:
+    names, random = [f"past_{kind}.{i}" for i in range(LAYERS) for kind in ("key", "value")], np.random.default_rng(3)
+    cache = dict.fromkeys(names, np.zeros((1, KV_HEADS, 0, SIZE), np.float32))
+    return [{"input_ids": random.integers(0, VOCABULARY, (1, 40)), **cache} for _ in range(count)]
+
+
+def test_awq_changes_neither_logits_nor_cache(gguf):
+    """The value projection stays, since the cache shows it; the norms and the gated layers are scaled."""
+    model = build(gguf)
+    pipeline = Pipeline(passes=[Awq(rows=64)], capabilities=OrtCpu().capabilities(), runner=reference_runner)
+    names, feed = [v.name for v in model.graph.outputs], windows(5)[-1]
+    before = reference_runner(model, names)(feed)
+    done = {e.node for e in pipeline.run(model, windows(4))[0].edits if e.action == "applied"}
+    assert {"layers.0.attn.q", "layers.1.mlp.down"} <= done
+    assert not {n for n in done if n.endswith(("attn.out", "lm_head"))}
+    after = reference_runner(model, names)(feed)
+    for name in names:
+        np.testing.assert_allclose(after[name], before[name], rtol=0, atol=2e-5 * np.abs(before[name]).max())
+
+
+def test_gptq_keeps_the_tie_and_is_closer_than_rounding_to_nearest(gguf):
+    errors, expected = {}, reference(TOKEN_NUMBERS)
+    feed = windows(1)[0] | {"input_ids": np.array([TOKEN_NUMBERS])}
+    for method in ("rtn", "gptq"):
+        model = build(gguf)
+        step = WeightOnly(method=method, min_weights=0, accuracy_level=0)
+        pipeline = Pipeline(passes=[step], capabilities=OrtCpu().capabilities(), runner=reference_runner)
+        (report,) = pipeline.run(model, windows(24))
+        assert {"embed", "lm_head"} <= {e.node for e in report.edits if e.action == "applied"}
+        assert max(v.const_value.size for v in model.graph.initializers.values()) == VOCABULARY * WIDTH // 2
+        logits = reference_runner(model, ["logits"])(feed)["logits"][0]
+        errors[method] = np.linalg.norm(logits - expected)
+    assert errors["gptq"] < errors["rtn"]
 
 
 def test_greedy_stops_at_the_end(model_path):

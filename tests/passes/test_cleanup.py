@@ -71,6 +71,40 @@ def test_patch_embedding(b, run_passes, outputs):
     np.testing.assert_allclose(outputs(model, feed)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "transposes"),
+    [([0, 5, -1], 1), ([-1, 5, 6], 1), ([0, 0, 6], 1), ([0, -1, 6], 1), ([-1, 5, 0], 3), ([0, 6, -1], 3)],
+)
+def test_tokens_of_patches_are_read_as_they_are(b, run_passes, outputs, shape, transposes):
+    """A grid of 2 x 3 patches; the last two shapes mix patches with images and channels."""
+    y = b.op("Conv", b.input("x", ["n", 3, 8, 12]), b.floats(5, 3, 4, 4), b.floats(5), name="patch", strides=[4, 4])
+    y = b.op("Transpose", b.op("Reshape", y, b.const(np.array(shape))), perm=[0, 2, 1])
+    model = b.output(b.op("Exp", y)).model()
+    feed = image(2, 3, 8, 12)
+    expected = outputs(model, feed)[0]
+    run_passes(model, Cleanup())
+    assert [n.op_type for n in model.graph].count("Transpose") == transposes
+    np.testing.assert_allclose(outputs(model, feed)[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "vector"),
+    [(["n", 6], [1, 4], True), ([2, 3, 6], [1, 1, 4], True), ([6], [1, 4], False), (["n", 6], [1, 1, 4], False)],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_bias_becomes_a_vector(b, run_passes, outputs, x, bias, vector, first):
+    """Unless it adds a dimension."""
+    parts = b.op("MatMul", b.input("x", x), b.floats(6, 4)), b.floats(*bias)
+    model = b.output(b.op("Add", *(parts if first else parts[::-1]), name="add")).model()
+    feed = image(*(2 if d == "n" else d for d in x))
+    expected = outputs(model, feed)[0]
+    run_passes(model, Cleanup())
+    add = next(n for n in model.graph if n.op_type in ("Add", "Gemm"))
+    assert ([4] in [v.const_value.shape for v in add.inputs if v.const_value is not None]) == vector
+    assert outputs(model, feed)[0].shape == expected.shape
+    np.testing.assert_allclose(outputs(model, feed)[0], expected, rtol=1e-6)
+
+
 def test_downsampling_conv_stays_a_conv(b, run_passes):
     y = b.op("Conv", b.input("x", [1, 3, 8, 8]), b.floats(5, 3, 2, 2), name="down", strides=[2, 2])
     model = b.output(b.op("Relu", y)).model()

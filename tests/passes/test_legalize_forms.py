@@ -12,7 +12,7 @@ from onnxcomp.passes._legalize.graph import Work
 from onnxcomp.passes._legalize.ranges import known_range
 from onnxcomp.passes.legalize import Legalize
 from onnxcomp.select import Select
-from onnxcomp.targets.ort import reference_runner
+from onnxcomp.targets.ort import OrtCpu, reference_runner
 
 ROWS = {"x": np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)}
 
@@ -174,11 +174,17 @@ def test_subgraph_is_refused(run_passes):
     assert "subgraph" in report.edits[0].detail
 
 
-def test_float16_is_refused(b, run_passes):
-    parameters = b.const(np.float16(0.05)), b.const(np.uint8(128))
-    x = b.input("x", [6, 16], TensorProto.FLOAT16)
-    y = b.op("DequantizeLinear", b.op("QuantizeLinear", x, *parameters), *parameters)
-    weight = b.const(b.rng.integers(-9, 9, (16, 4)).astype(np.int8))
-    y = b.op("MatMul", y, b.op("DequantizeLinear", weight, b.const(np.float16(0.01))), name="fc")
-    model = b.output(y, TensorProto.FLOAT16).model(opset=19)
-    assert "float16" in refusals(run_passes(model, Legalize()))["fc"]
+@pytest.mark.parametrize("op_type", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_weight_without_zero_point(b, same, tmp_path, op_type, axis):
+    """An integer kernel needs one."""
+    scale = np.full(32 if axis else (), 0.01, np.float32)
+    x, integers = b.qdq(b.input("x", [6, 16])), b.const(b.rng.integers(-90, 90, (16, 32)).astype(np.int8))
+    weight = b.op("DequantizeLinear", integers, b.const(scale), **({"axis": axis} if axis else {}))
+    bias = b.const(b.rng.integers(-90, 90, 32).astype(np.int32)), b.const((scale * np.float32(0.05)).astype(np.float32))
+    bias = b.op("DequantizeLinear", *bias, **({"axis": 0} if axis else {}))
+    y = b.op("Gemm", x, weight, bias) if op_type == "Gemm" else b.op("Add", b.op("MatMul", x, weight), bias)
+    model = b.output(b.op("Tanh", y)).model()
+    same(model)
+    audit = OrtCpu().compile(model, tmp_path / "artifact").audit
+    assert audit.integer_mac_share == 1.0

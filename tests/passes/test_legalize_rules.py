@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +12,7 @@ from onnx import TensorProto
 from onnxcomp.edit import constant
 from onnxcomp.passes.legalize import Legalize
 from onnxcomp.qdq import read_activation, read_weight
+from onnxcomp.rewrite import Pipeline
 from onnxcomp.targets.ort import OrtCpu, reference_runner
 
 Image = dict[str, np.ndarray]
@@ -209,3 +212,14 @@ def test_channel_scales(size, reason, b, legalized):
     edits, error = legalized(model, {"x": IMAGE["x"][:, :size]})
     assert error <= 0.0501
     assert (reason in refusals(edits)["q"]) if reason else not refusals(edits)
+
+
+@pytest.mark.parametrize(("largest", "count"), [(64, 0), (65, 1)])
+def test_weights_that_saturate_are_told_of(b, capabilities, largest, count):
+    weight = b.op("DequantizeLinear", b.const(np.full((16, 32), -largest, np.int8)), b.const(np.float32(0.01)))
+    model = b.output(b.op("MatMul", b.qdq(b.input("x", [6, 16])), weight, name="fc")).model()
+    pipeline = Pipeline(passes=[Legalize()], capabilities=replace(capabilities, reduce_range=True))
+    (report,) = pipeline.run(model)
+    found = refusals(list(report.edits))
+    assert len(found) == count
+    assert all("saturate" in reason for reason in found.values())

@@ -216,3 +216,34 @@ def test_where(attention_example, run_passes, outputs):
     model, _ = attention_example
     report = exact(model, feeds(1, 12, 16), run_passes, outputs, where=Select(name=("fc1",)))
     assert {e.node for e in report.edits} == {"fc1"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_massive_channels_of_a_token_are_taken_apart(bias, b, run_passes, outputs):
+    """Two of 32 channels are massive, and matter for every token, so that no scale spares both sides."""
+    x = b.input("x", [1, 64, 8])
+    up = b.rng.normal(size=(8, 32)).astype(np.float32)
+    up[0], up[0, [5, 20]] = 0.0, (90.0, -70.0)
+    y = b.op("Gelu", b.op("Add", b.op("MatMul", x, b.const(np.abs(up)), name="fc1"), b.floats(32)), name="gelu")
+    y = b.op("MatMul", y, b.floats(32, 6), name="fc2")
+    y = b.op("Add", y, b.floats(6)) if bias else y
+    model = b.output(b.op("Mul", y, b.floats(6))).model(opset=20)
+    data = feeds(1, 64, 8, count=12)
+    for feed in data:
+        feed["x"][:, :, 0] *= 0.02
+        feed["x"][:, 7, 0] = 1.0
+    plain = model.clone()
+    expected = outputs(model, data[0])[0]
+    smooth = Smooth(rows=704, explicit=True, explicit_gain=0.3)
+    report = run_passes(model, smooth, data=data[1:])
+    np.testing.assert_allclose(outputs(model, data[0])[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert ("channels apart" in details(report, "applied").get("fc2", "")) == bias
+    if bias:
+        product = next(n for n in model.graph if n.op_type == "Einsum")
+        np.testing.assert_array_equal(product.inputs[0].producer().inputs[1].const_value.numpy(), [5, 20])
+        assert not run_passes(model, smooth, data=data[1:]).applied
+        found = []
+        for changed in (plain, model):
+            run_passes(changed, Quantize(), data=data[1:])
+            found.append(sqnr(expected[:, 8:], outputs(changed, data[0])[0][:, 8:]))
+        assert found[1] > found[0] + 6.0
