@@ -20,6 +20,7 @@ from onnxcomp.stats import Observer
 from onnxcomp.target import Array, Feed
 
 _MOST_WORKERS = 4  # each holds the observed values of one feed
+_ROOM = 32 << 20  # bytes of values that feeds which run at once may take, unless one alone takes more
 _CLOSE = 1e-3  # of the largest output: rows that run alone give the same outputs up to rounding
 
 
@@ -116,8 +117,8 @@ def collect(
 ) -> int:
     """Shows every observed value of every feed to its observer.
 
-    No more feeds' values than `workers` are in memory at a time, so the peak does not grow with the amount of data.
-    Outcomes do not depend on `workers`.
+    No more feeds' values than `workers` are in memory at a time, so the peak does not grow with the amount of data;
+    and one alone if its values are large. Outcomes do not depend on `workers`.
 
     Args:
         model: The model, unchanged.
@@ -139,6 +140,7 @@ def collect(
     total = len(data) if isinstance(data, Sized) else None
     workers = _workers() if workers is None else workers
     count = 0
+    at_once = 1
 
     def values_of(feed: Feed) -> dict[str, Array]:
         values: dict[str, Array] = {k: v for k, v in feed.items() if k in observers}
@@ -146,8 +148,12 @@ def collect(
             values.update(run(feed))
         return values
 
+    def most(feed: Feed) -> int:
+        return 1 if _has_state(model, feed) else at_once
+
     with ThreadPoolExecutor(workers) as pool:
-        for values in _in_order(pool, values_of, data, lambda feed: 1 if _has_state(model, feed) else workers):
+        for values in _in_order(pool, values_of, data, most):
+            at_once = max(1, min(workers, _ROOM // max(_bytes(values), 1)))
             _show_all(pool, observers, values, count, workers)
             del values  # or one more than promised would be held while the next feed starts
             count += 1
@@ -156,6 +162,10 @@ def collect(
     if not count:
         raise CalibrationError("the calibration data is empty")
     return count
+
+
+def _bytes(values: Mapping[str, Array]) -> int:
+    return sum(getattr(array, "nbytes", 0) for array in values.values())  # a sequence has none
 
 
 def _workers() -> int:
