@@ -6,6 +6,7 @@ from onnxcomp.verbs.compression import compress
 from onnxcomp.verbs.inspection import doctor, inspect, list_ops, list_passes, list_recipes, list_targets
 from onnxcomp.verbs.legalization import legalize
 from onnxcomp.verbs.measuring import compare, profile
+from onnxcomp.verbs.perplexity import Perplexity, perplexity
 from onnxcomp.verbs.resolve import ModelLike, RecipeLike, Shapes
 from onnxcomp.verbs.results import (
     Inspection,
@@ -17,17 +18,20 @@ from onnxcomp.verbs.results import (
 )
 from onnxcomp.verbs.rewriting import compile, export, rewrite
 from onnxcomp.verbs.sensing import sensitivity
+from onnxcomp.verbs.sparsity import SparsityProfile, sparsity
 
 __all__ = [
     "Inspection",
     "LayerSensitivity",
     "Legalization",
     "ModelLike",
+    "Perplexity",
     "Profile",
     "RecipeLike",
     "RewriteResult",
     "Sensitivity",
     "Shapes",
+    "SparsityProfile",
     "compare",
     "compile",
     "compress",
@@ -39,7 +43,9 @@ __all__ = [
     "list_passes",
     "list_recipes",
     "list_targets",
+    "perplexity",
     "profile",
     "rewrite",
     "sensitivity",
+    "sparsity",
 ]

@@ -29,7 +29,9 @@ from onnxcomp.cli_options import (
     Feeds,
     Inputs,
     Json,
+    MaxRise,
     Measure,
+    MeasurePerplexity,
     MeasureToo,
     MetricName,
     Model,
@@ -43,10 +45,15 @@ from onnxcomp.cli_options import (
     Seed,
     Selectors,
     SomeSamples,
+    SomeTokens,
+    Stride,
+    TailError,
     TargetName,
     Threads,
     Timing,
+    Tokens,
     Tolerance,
+    Window,
     grouped,
     selector,
     shapes,
@@ -178,6 +185,62 @@ def sensitivity(
     cli_render.sensitivity(result, as_json)
 
 
+@app.command()
+def sparsity(
+    model: Model,
+    *,
+    data: DataSource = None,
+    tokens: SomeTokens = None,
+    window: Window = 256,
+    samples: Samples = 32,
+    cett: TailError = 0.2,
+    measure: MeasurePerplexity = True,
+    seed: Seed = 0,
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> None:
+    """Show how sparse activations are, what dropping small ones costs, and which method pays."""
+    from onnxcomp import api
+
+    _warn_of_random(data)
+    with working(as_json) as progress:
+        result = api.sparsity(
+            model, data=data, tokens=tokens, window=window, samples=samples, cett=cett, measure=measure, seed=seed,
+            shapes=shapes(inputs), progress=progress,
+        )  # fmt: skip
+    cli_render.sparsity(result, as_json)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    *,
+    tokens: Tokens,
+    baseline: Annotated[Path | None, typer.Option("--baseline", help="Compared on the same tokens.")] = None,
+    window: Window = 512,
+    stride: Stride = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="Most tokens to use.")] = None,
+    target: TargetName = "ort-cpu",
+    threads: Threads = 1,
+    inputs: Inputs = None,
+    max_rise: MaxRise = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a decoder on tokens, as it runs on the target."""
+    from onnxcomp import api
+
+    if max_rise is not None and baseline is None:
+        raise RecipeError("--max-rise is a rise over another model; give it with --baseline")
+    with working(as_json) as progress:
+        result = api.perplexity(
+            model, tokens=tokens, baseline=baseline, window=window, stride=stride, limit=limit, target=target,
+            threads=threads, shapes=shapes(inputs), progress=progress,
+        )  # fmt: skip
+    cli_render.perplexity(result, as_json)
+    if max_rise is not None and result.rise is not None and not result.rise <= max_rise:
+        fail(f"perplexity rises by {result.rise:.2%}, more than --max-rise {max_rise:g}")
+
+
 @app.command("compile")
 def compile_(
     model: Model, output: Output, target: TargetName = "ort-cpu", inputs: Inputs = None, as_json: Json = False
@@ -276,8 +339,8 @@ def compress(
     with working(as_json) as progress:
         report = api.compress(
             model, output, **rewriting.keywords(), eval_data=eval_data, eval_samples=eval_samples, metric=metric,
-            measure=measure, **timing.keywords(), require_drop=gate.max_drop is not None, progress=progress,
-            notice=_tell,
+            measure=measure, **timing.keywords(), require_drop=gate.max_drop is not None, max_drop=gate.max_drop,
+            progress=progress, notice=_tell,
         )  # fmt: skip
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
     if report.fidelity is not None:

@@ -67,6 +67,26 @@ Measure = Annotated[bool, typer.Option("--measure/--no-measure", help="Measure l
 MeasureToo = Annotated[bool, typer.Option("--profile", help="Measure both models, interleaved.")]
 Rounds = Annotated[int, typer.Option("--repeat", min=5, help="Rounds of timing.")]
 Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="Most seconds of timing.")]
+Tokens = Annotated[
+    str, typer.Option("--tokens", help="Token numbers: .npy, .npz of one array, a text of numbers, or module:function.")
+]
+SomeTokens = Annotated[
+    str | None, typer.Option("--tokens", help="Instead of --data, for a decoder; see 'onnxcomp perplexity'.")
+]
+Window = Annotated[int, typer.Option("--window", min=1, help="Tokens that the model sees at once at most.")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", min=1, help="Tokens from one window to the next; else the window.")
+]
+TailError = Annotated[
+    float, typer.Option("--cett", min=0.0, max=1.0, help="Relative error of a layer at which neurons count as dropped.")
+]
+MeasurePerplexity = Annotated[
+    bool, typer.Option("--measure/--no-measure", help="Measure perplexities, if the model predicts tokens.")
+]
+MaxRise = Annotated[
+    float | None,
+    typer.Option("--max-rise", help="Exit with 3 if perplexity rises by more; 0.01 is 1 %."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what is refused, and why.")]
 Tolerance = Annotated[float, typer.Option(min=0.0, help="Allowed error; --rtol is relative to the largest value.")]
 

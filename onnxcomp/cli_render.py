@@ -13,12 +13,21 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from onnxcomp.api import Inspection, Legalization, Profile, RewriteResult, Sensitivity
+    from onnxcomp.api import (
+        Inspection,
+        Legalization,
+        Perplexity,
+        Profile,
+        RewriteResult,
+        SparsityProfile,
+    )
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
     from onnxcomp.profile import Ratio
     from onnxcomp.rewrite import PassReport, Progress
     from onnxcomp.target import Artifact
+    from onnxcomp.verbs.sensing import GroupImpact, Impact, LayerImpact
+    from onnxcomp.verbs.sparsity import Density
 
 
 @contextmanager
@@ -209,21 +218,64 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
     _print(f"{found.samples} samples of {found.data}")
 
 
-def sensitivity(found: Sensitivity, as_json: bool) -> None:
-    """Prints what each layer costs, the costliest first."""
+def sensitivity(found: Impact, as_json: bool) -> None:
+    """Prints what each block and each layer costs, the costliest first."""
     if as_json:
         _json(found)
         return
-    rows = [
-        (x.node, x.op_type, f"{x.sqnr:.1f}", f"{x.flips:.0%}", _microseconds(x.float_microseconds),
-         _microseconds(x.integer_microseconds))
-        for x in found.layers
-    ]  # fmt: skip
-    _table(("quantized alone", "op", "SQNR dB", "top-1 moved", "us float", "us integer"), rows)
+    titles = ("SQNR dB", "by Jacobian", "top-1 moved", "us float", "us integer")
+    if found.groups:
+        _table(("block alone", "ops", *titles), [(x.name, f"{x.layers}", *_impact(x)) for x in found.groups])
+        _print("")
+    rows = [(x.node, x.op_type, *_impact(x)) for x in found.layers]
+    _table(("quantized alone", "op", *titles), rows)
     _print(
         f"all {len(rows)} together: SQNR {found.sqnr:.1f} dB, top-1 moved in {found.flips:.0%} of "
         f"{found.samples} samples ({found.target})"
     )
+
+
+def sparsity(found: SparsityProfile, as_json: bool) -> None:
+    """Prints how sparse each block is, what dropping more would cost, and what to do."""
+    if as_json:
+        _json(found)
+        return
+    rows = [
+        (x.node, x.activation, str(x.neurons), str(x.dead), *_spread(x.natural), *_spread(x.effective))
+        for x in found.layers
+    ]
+    left = f"left at CETT {found.cett:g}"
+    _table(("block", "activation", "neurons", "dead", "not zero", "P5 - P95", left, "P5 - P95"), rows)
+    if found.perplexity:
+        points = [(f"{p.cett:.3f}", f"{p.sparsity:.1%}", f"{p.perplexity:.3f}") for p in found.perplexity]
+        _table(("CETT", "dropped", "perplexity"), points)
+    if found.one_percent is not None:
+        _print(f"1 % more perplexity: {found.one_percent:.1%} of the neurons dropped")
+    for line in found.advice:
+        _print(f"- {line}")
+    _print(f"{found.tokens} tokens in {found.samples} samples")
+
+
+def perplexity(found: Perplexity, as_json: bool) -> None:
+    """Prints a perplexity, and its rise over a baseline."""
+    if as_json:
+        _json({**vars(found), "rise": found.rise})
+        return
+    _print(
+        f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, window {found.window}, stride {found.stride}, "
+        f"{found.target})"
+    )
+    if found.rise is not None:
+        _print(f"baseline {found.baseline:.4f}: {found.rise:+.2%}")
+
+
+def _spread(density: Density) -> tuple[str, str]:
+    return f"{density.mean:.1%}", f"{density.p5:.1%} - {density.p95:.1%}"
+
+
+def _impact(row: LayerImpact | GroupImpact) -> tuple[str, ...]:
+    times = (_microseconds(t) for t in (row.float_microseconds, row.integer_microseconds))
+    return f"{row.sqnr:.1f}", f"{row.weighted_sqnr:.1f}", f"{row.flips:.0%}", *times
 
 
 def _microseconds(value: float | None) -> str:

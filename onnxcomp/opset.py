@@ -35,7 +35,7 @@ def raise_opset(model: ir.Model, version: int) -> bool:
         model.opset_imports[""] = version  # no node is of the default domain, so there is nothing to convert
         return True
     _check_convertible(model, before, version)
-    rounding = _roundings(model) if before < _RESIZE_WITH_MODES <= version else {}
+    rounding = _roundings(model) if before < _RESIZE_WITH_MODES <= version else []
     try:
         with quiet():  # its warning on which of its two implementations works is of no use to a user
             ConvertVersionPass(version, fallback=True)(model)
@@ -73,13 +73,13 @@ def _is_last_axis(node: ir.Node) -> bool:
     return axis == -1 or (shape is not None and axis == len(shape) - 1)
 
 
-def _roundings(model: ir.Model) -> dict[str | None, str]:
-    """How every Upsample and Resize rounds the place that a sample is taken from, by the name of its output.
+def _roundings(model: ir.Model) -> list[str]:
+    """How every Upsample and Resize rounds the place that a sample is taken from, in the order of the graph.
 
     Raises:
         GraphError: If one enlarges along one axis and shrinks along another, which rounds in two ways.
     """
-    found: dict[str | None, str] = {}
+    found = []
     for node in all_nodes(model):
         if node.op_type not in ("Upsample", "Resize") or node.domain:
             continue
@@ -90,16 +90,26 @@ def _roundings(model: ir.Model) -> dict[str | None, str]:
                 f"the model cannot be converted to a newer opset: node {node.name!r} enlarges along one axis and "
                 "shrinks along another; export it anew with a newer opset"
             )
-        found[node.outputs[0].name] = "ceil" if shrinks else "floor"
+        found.append("ceil" if shrinks else "floor")
     return found
 
 
-def _keep_sampling(model: ir.Model, rounding: dict[str | None, str]) -> None:
-    """Says what a Resize did before opset 11, where the converter leaves it to the new defaults."""
-    for node in all_nodes(model):
-        if node.op_type == "Resize" and not node.domain and node.outputs[0].name in rounding:
-            node.attributes["coordinate_transformation_mode"] = ir.AttrString(
-                "coordinate_transformation_mode", "asymmetric"
-            )
-            if attribute(node, "mode", "nearest") == "nearest":
-                node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", rounding[node.outputs[0].name])
+def _keep_sampling(model: ir.Model, rounding: list[str]) -> None:
+    """Says what every Resize did before opset 11, where the converter leaves it to the new defaults.
+
+    Raises:
+        GraphError: If the nodes round in different ways and the converter left more or fewer of them.
+    """
+    if not rounding:
+        return
+    nodes = [node for node in all_nodes(model) if node.op_type == "Resize" and not node.domain]
+    if len(set(rounding)) == 1:
+        rounding = rounding[:1] * len(nodes)
+    if len(nodes) != len(rounding):
+        raise GraphError("the model cannot be converted to a newer opset: it samples in several ways; export it anew")
+    for node, nearest in zip(nodes, rounding, strict=True):  # by order, since the converter names values anew
+        node.attributes["coordinate_transformation_mode"] = ir.AttrString(
+            "coordinate_transformation_mode", "asymmetric"
+        )
+        if attribute(node, "mode", "nearest") == "nearest":
+            node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", nearest)

@@ -17,14 +17,24 @@ from onnxcomp.edit import defaults_hidden
 from onnxcomp.model import all_nodes, name_nodes
 from onnxcomp.passes._affine import fold_affine
 from onnxcomp.passes._clips import merge_clips
+from onnxcomp.passes._joint_projections import split_joint_projections
 from onnxcomp.passes._patches import patches_to_matmul
 from onnxcomp.passes._shapes import settle_shapes
+from onnxcomp.passes._taken_rows import take_rows_early
 from onnxcomp.passes._transposes import transpose_weights
 from onnxcomp.passes._vectors import biases_to_vectors
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass
 
 _PORTABLE_DOMAIN = "onnxcomp"
 _ROUNDS = 8
+_FOLDS = (
+    merge_clips,
+    fold_affine,
+    patches_to_matmul,
+    biases_to_vectors,
+    split_joint_projections,
+    take_rows_early,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +92,7 @@ class Cleanup(Pass):
             IrPassAdapter(common_passes.CommonSubexpressionEliminationPass())(model)
         transpose_weights(model)
         edits = [Edit(action="refused", node="", op_type="model", detail=text) for text in simplify.failed]
-        for fold in (merge_clips, fold_affine, patches_to_matmul, biases_to_vectors):
+        for fold in _FOLDS:
             edits += fold(model, self.where)
         IrPassAdapter(
             common_passes.RemoveUnusedNodesPass(),

@@ -34,7 +34,7 @@ struct TensorTypeAndShapeInfo;
 struct Value;
 
 enum class ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum class ElementType : int { kFloat = 1 };
+enum class ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10 };  // kAny: of an op's input
 enum class Presence : int { kRequired = 0 };  // OrtCustomOpInputOutputCharacteristic
 enum class MemType : int { kDefault = 0 };
 
@@ -88,16 +88,21 @@ using GetTensorMutableData = Slot<51, Status*(Value*, void**)>;
 using CreateTensorTypeAndShapeInfo = Slot<57, Status*(TensorTypeAndShapeInfo**)>;
 using SetTensorElementType = Slot<58, Status*(TensorTypeAndShapeInfo*, ElementType)>;
 using SetDimensions = Slot<59, Status*(TensorTypeAndShapeInfo*, const std::int64_t*, std::size_t)>;
+using GetTensorElementType = Slot<60, Status*(const TensorTypeAndShapeInfo*, ElementType*)>;
 using GetDimensionsCount = Slot<61, Status*(const TensorTypeAndShapeInfo*, std::size_t*)>;
 using GetDimensions = Slot<62, Status*(const TensorTypeAndShapeInfo*, std::int64_t*, std::size_t)>;
 using GetSymbolicDimensions = Slot<63, Status*(const TensorTypeAndShapeInfo*, const char**, std::size_t)>;
 using GetTensorTypeAndShape = Slot<65, Status*(const Value*, TensorTypeAndShapeInfo**)>;
+using KernelInfoGetAttribute_int64 = Slot<86, Status*(const KernelInfo*, const char*, std::int64_t*)>;
 using KernelContext_GetInput = Slot<90, Status*(const KernelContext*, std::size_t, const Value**)>;
 using KernelContext_GetOutput = Slot<91, Status*(KernelContext*, std::size_t, const std::int64_t*, std::size_t, Value**)>;
+using ReleaseStatus = Slot<93, void(Status*)>;
 using ReleaseTensorTypeAndShapeInfo = Slot<99, void(TensorTypeAndShapeInfo*)>;
 using ReleaseCustomOpDomain = Slot<101, void(CustomOpDomain*)>;
 using AddSessionConfigEntry = Slot<130, Status*(SessionOptions*, const char*, const char*)>;
 using HasSessionConfigEntry = Slot<237, Status*(const SessionOptions*, const char*, int*)>;
+// The value that this gives, null unless the input is constant, belongs to the kernel's node: it is not to be released.
+using KernelInfoGetConstantInput_tensor = Slot<249, Status*(const KernelInfo*, std::size_t, int*, const Value**)>;
 // The shape that this gives belongs to the context: it is not to be released.
 using ShapeInferContext_GetInputTypeShape = Slot<268, Status*(const ShapeInferContext*, std::size_t, TensorTypeAndShapeInfo**)>;
 using ShapeInferContext_SetOutputTypeShape = Slot<270, Status*(const ShapeInferContext*, std::size_t, const TensorTypeAndShapeInfo*)>;

@@ -12,6 +12,7 @@ from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.ort.capabilities import capabilities
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
+from onnxcomp.targets.ort.lowering import NativeOps
 from onnxcomp.targets.ort.manifest import MODEL
 from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
 from onnxcomp.targets.ort.runtime import make_session, session_options
@@ -31,8 +32,8 @@ class OrtCpu(Target):
         return capabilities(self.name)
 
     def lowering(self) -> Sequence[Pass]:
-        """None: Q/DQ pairs are what onnxruntime fuses."""
-        return ()
+        """Portable ops to native ones; Q/DQ pairs stay, since they are what onnxruntime fuses."""
+        return (NativeOps(),)
 
     def compile(self, model: ir.Model, out: Path) -> Artifact:
         """Compiles a model into the folder `out`, replacing an artifact that is there; `model` stays as it is.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -281,22 +278,6 @@ def test_one_session_runs_in_several_threads_at_once() -> None:
         assert len(results[index]) == 5
         for y in results[index]:
             _assert_close(y, x, w, 0.5)
-
-
-@needs_library
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_every_instruction_set(isa: str) -> None:
-    """Kernels for older processors, in a process of its own: setting the variable here would not reach C's `getenv`."""
-    tests = [f"{__file__}::test_kernel_equals_reference", f"{__file__}::test_nan_and_infinity_reach_the_output"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        env={**os.environ, "ONNXCOMP_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_library

@@ -1,0 +1,159 @@
+"""One op many times over: models whose every node has weights of its own, so that those come from memory.
+
+Input `x` has one row a node and `gates`, for a gated MLP, likewise; `threshold` is a scalar. A model of dense ops takes
+the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import native
+
+Array = np.ndarray
+MICROSOFT = "com.microsoft"
+GROUP = 32
+
+
+class Builder:
+    """Makes a model of `copies` nodes, each with its own row of every input."""
+
+    def __init__(self, copies: int, widths: Mapping[str, int], seed: int) -> None:
+        self.copies, self.rng = copies, np.random.default_rng(seed)
+        self.nodes: list[ir.Node] = []
+        self.weights: list[ir.Value] = []
+        self.inputs = [self._value(name, (copies, width)) for name, width in widths.items()]
+        self.threshold = self._value("threshold", ())
+        self.rows = {v.name: self.node("Split", [v], copies, {"axis": 0, "num_outputs": copies}) for v in self.inputs}
+
+    def node(
+        self, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, attributes: Mapping[str, int] | None = None,
+        domain: str = "",
+    ) -> Sequence[ir.Value]:  # fmt: skip
+        node = ir.node(op, inputs, num_outputs=outputs, attributes=attributes, domain=domain)
+        for index, output in enumerate(node.outputs):
+            output.name = f"v{len(self.nodes)}_{index}"
+        self.nodes.append(node)
+        return node.outputs
+
+    def weight(self, array: Array) -> ir.Value:
+        value = self._value(f"w{len(self.weights)}", array.shape, ir.DataType.from_numpy(array.dtype))
+        value.const_value = ir.tensor(array, name=value.name)
+        self.weights.append(value)
+        return value
+
+    def integers(self, shape: tuple[int, ...], dtype: type = np.uint8) -> Array:
+        return np.frombuffer(self.rng.bytes(int(np.prod(shape))), dtype).reshape(shape)
+
+    def scales(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+        return self.rng.uniform(0.005, 0.02, shape).astype(dtype)
+
+    def model(self, results: Sequence[ir.Value]) -> bytes:
+        # One output: to hand over many takes longer than a small product.
+        outputs = self.node("Concat", results, attributes={"axis": 0})
+        outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        domains = {"": 20, MICROSOFT: 1, native.DOMAIN: 1}
+        graph = ir.Graph(
+            [*self.inputs, self.threshold], outputs, nodes=self.nodes, initializers=self.weights, opset_imports=domains,
+            name="copies",
+        )  # fmt: skip
+        return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+
+    @staticmethod
+    def _value(name: str, shape: tuple[int, ...], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of weights: its name, bytes of one weight with its share of scales, and its products."""
+
+    name: str
+    size: float
+    sparse: Callable[[Builder, int, int], list[ir.Value]]
+    dense: Callable[[Builder, ir.Value, int, int], ir.Value]
+
+
+def _fp32_weight(b: Builder, k: int, n: int) -> list[ir.Value]:
+    return [b.weight(b.rng.standard_normal((k, n), np.float32))]
+
+
+def _fp32_dense(b: Builder, x: ir.Value, k: int, n: int) -> ir.Value:
+    return b.node("MatMul", [x, *_fp32_weight(b, k, n)])[0]
+
+
+def _int8_weight(b: Builder, k: int, n: int) -> list[ir.Value]:
+    return [b.weight(b.integers((k, n), np.int8)), b.weight(b.scales((n,)))]
+
+
+def _int8_dense(b: Builder, x: ir.Value, k: int, n: int) -> ir.Value:
+    zero = b.weight(np.zeros(n, np.int8))
+    return b.node("DynamicQuantizeMatMul", [x, *_int8_weight(b, k, n), zero], domain=MICROSOFT)[0]
+
+
+def _int4_weight(b: Builder, k: int, n: int) -> list[ir.Value]:
+    scale = b.weight(b.scales((k, n // GROUP), np.float16))
+    return [b.weight(b.integers((k, n // 2))), scale, b.weight(np.array(8, np.uint8))]
+
+
+def _int4_dense(b: Builder, x: ir.Value, k: int, n: int) -> ir.Value:
+    attributes = {"K": k, "N": n, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
+    weights = [b.weight(b.integers((n, k // GROUP, GROUP // 2))), b.weight(b.scales((n, k // GROUP)))]
+    return b.node("MatMulNBits", [x, *weights], attributes=attributes, domain=MICROSOFT)[0]
+
+
+KINDS = {
+    "fp32": Kind("fp32", 4, _fp32_weight, _fp32_dense),
+    "int8": Kind("int8", 1, _int8_weight, _int8_dense),
+    "int4": Kind("int4", 0.5 + 2 / GROUP, _int4_weight, _int4_dense),
+}
+SUFFIX = {"fp32": "", "int8": "Int8", "int4": "Int4"}
+
+
+def dense_matmul(kind: Kind, k: int, n: int, copies: int) -> bytes:
+    """The runtime's own product."""
+    b = Builder(copies, {"x": k}, 1)
+    return b.model([kind.dense(b, x, k, n) for x in b.rows["x"]])
+
+
+def threshold_matmul(kind: Kind, k: int, n: int, copies: int) -> bytes:
+    """Ours, skipping inputs below the threshold."""
+    b = Builder(copies, {"x": k}, 2)
+    op = f"ThresholdMatMul{SUFFIX[kind.name]}"
+    return b.model([b.node(op, [x, *kind.sparse(b, k, n), b.threshold], domain=native.DOMAIN)[0] for x in b.rows["x"]])
+
+
+def topk_matmul(kind: Kind, k: int, n: int, copies: int, count: int) -> bytes:
+    """Ours, of the `count` largest inputs."""
+    b = Builder(copies, {"x": k}, 3)
+    op = f"TopKMatMul{SUFFIX[kind.name]}"
+    return b.model(
+        [b.node(op, [x, *kind.sparse(b, k, n)], attributes={"k": count}, domain=native.DOMAIN)[0] for x in b.rows["x"]]
+    )
+
+
+def dense_mlp(kind: Kind, k: int, f: int, copies: int) -> bytes:
+    """Up projection, product with the gates, down projection."""
+    b = Builder(copies, {"x": k, "gates": f}, 4)
+    results = []
+    for x, gate in zip(b.rows["x"], b.rows["gates"], strict=True):
+        hidden = b.node("Mul", [gate, kind.dense(b, x, k, f)])[0]
+        results.append(kind.dense(b, hidden, f, k))
+    return b.model(results)
+
+
+def gated_mlp(kind: Kind, k: int, f: int, copies: int) -> bytes:
+    """Ours, of the neurons whose gate is beyond the threshold; the up projection turned as the kernel takes it."""
+    b = Builder(copies, {"x": k, "gates": f}, 5)
+    results = []
+    for x, gate in zip(b.rows["x"], b.rows["gates"], strict=True):
+        up = kind.sparse(b, f, k)
+        if kind.name == "int8":
+            up[1] = b.weight(b.scales((f,)))
+        inputs = [gate, x, *up, *kind.sparse(b, f, k), b.threshold]
+        results.append(b.node(f"GatedMLP{SUFFIX[kind.name]}", inputs, domain=native.DOMAIN)[0])
+    return b.model(results)

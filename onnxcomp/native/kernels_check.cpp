@@ -1,0 +1,235 @@
+// Runs every kernel of every instruction set that this machine has over random sizes, in buffers without a byte to spare,
+// and holds the results against sums in double precision. Built with sanitizers, or for another processor (see
+// CMakeLists.txt and tests/native/test_kernels_check.py); prints what it ran and returns 1 on a failure.
+
+#include <cstdio>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/dense_f32.h"
+#include "kernels/dots.h"
+#include "kernels/rows_f32.h"
+#include "kernels/rows_int4.h"
+#include "kernels/rows_int8.h"
+
+namespace {
+
+using namespace onnxcomp;
+
+std::mt19937 g_random(1);
+int g_failures = 0;
+
+float normal() { return std::normal_distribution<float>()(g_random); }
+std::size_t below(std::size_t limit) { return g_random() % limit; }
+
+// Exactly as large as asked for, so that a sanitizer sees the first byte beyond.
+template <typename T>
+std::vector<T> make(std::size_t count, T (*one)()) {
+  std::vector<T> made(count);
+  for (T& value : made) value = one();
+  made.shrink_to_fit();
+  return made;
+}
+
+std::uint8_t byte() { return static_cast<std::uint8_t>(g_random()); }
+std::int8_t signed_byte() { return static_cast<std::int8_t>(g_random()); }
+std::uint8_t nibble() { return static_cast<std::uint8_t>(g_random() % 16); }
+float positive() { return 0.01f + 0.1f * static_cast<float>(below(1000)) / 1000.0f; }
+std::uint16_t half() { return static_cast<std::uint16_t>(0x2800 + below(0x800)); }
+
+template <typename Scale>
+Scale scale();
+template <>
+float scale<float>() {
+  return positive();
+}
+template <>
+std::uint16_t scale<std::uint16_t>() {
+  return half();
+}
+
+// Inputs of which some are kept, with all orders of magnitude among them.
+struct Inputs {
+  std::vector<float> x;
+  std::vector<float> values, sorted_values;
+  std::vector<std::uint32_t> rows, sorted_rows;
+  Kept kept, sorted;
+
+  Inputs(std::size_t k, std::size_t round)
+      : x(make(k, normal)), values(k), sorted_values(k), rows(k), sorted_rows(k) {
+    if (round % 3 == 1) x[below(k)] *= 1e6f;
+    if (round % 3 == 2) x[below(k)] *= 1e-30f;
+    const float threshold = round % 4 == 0 ? -1.0f : 0.7f;
+    const bool one_sided = round % 2 == 1;
+    const std::size_t count = round % 5 == 4
+                                  ? keep_largest(x.data(), k, 1 + below(k), values.data(), rows.data())
+                                  : keep_above(x.data(), k, &threshold, 0, one_sided, values.data(), rows.data());
+    kept = {values.data(), rows.data(), count};
+    sort_by_exponent(kept, sorted_values.data(), sorted_rows.data());
+    sorted = {sorted_values.data(), sorted_rows.data(), count};
+  }
+};
+
+// `weight(row, column)` is in double precision; `share` of the root of the sum of squares may be missed, as a vector.
+template <typename Weight>
+void compare(const char* name, Isa isa, const Kept& kept, std::size_t columns, const float* y, double share,
+             const Weight& weight) {
+  double error = 0, spread = 0;
+  for (std::size_t j = 0; j < columns; ++j) {
+    double sum = 0;
+    for (std::size_t i = 0; i < kept.count; ++i) {
+      const double product = static_cast<double>(kept.values[i]) * weight(kept.rows[i], j);
+      sum += product;
+      spread += product * product;
+    }
+    error += (sum - static_cast<double>(y[j])) * (sum - static_cast<double>(y[j]));
+  }
+  if (!(error <= share * share * spread + 1e-20)) {
+    std::printf("%s, isa %d, %zu inputs, %zu columns: error %g of %g\n", name, static_cast<int>(isa), kept.count,
+                columns, std::sqrt(error), std::sqrt(spread));
+    ++g_failures;
+  }
+}
+
+constexpr double kExact = 1e-5, kRounded = 0.02;
+
+void check_f32(Isa isa, std::size_t round) {
+  const std::size_t k = 1 + below(150), n = 1 + below(300);
+  const Inputs in(k, round);
+  const std::vector<float> w = make(k * n, normal);
+  const auto weight = [&](std::size_t r, std::size_t j) { return static_cast<double>(w[r * n + j]); };
+  std::vector<float> y(n);
+  rows_f32::choose(isa)(w.data(), n, in.kept, y.data(), n);
+  compare("rows f32", isa, in.kept, n, y.data(), kExact, weight);
+}
+
+void check_dense(Isa isa) {
+  const dense_f32::Kernel kernel = dense_f32::choose(isa);
+  if (kernel == nullptr) return;
+  const std::size_t k = 1 + below(600), n = 1 + below(64), batch = 1 + below(9), step = n + below(5);
+  const bool turned = below(2) == 1;
+  const std::size_t row_step = turned ? 1 : n, column_step = turned ? k : 1;
+  const std::vector<float> w = make(k * n, normal), x = make(batch * k, normal);
+  std::vector<float> y((batch - 1) * step + n);
+  kernel({w.data(), row_step, column_step}, x.data(), k, batch, n, y.data(), step);
+  std::vector<std::uint32_t> all(k);
+  for (std::size_t j = 0; j < k; ++j) all[j] = static_cast<std::uint32_t>(j);
+  for (std::size_t b = 0; b < batch; ++b) {
+    compare("dense f32", isa, {x.data() + b * k, all.data(), k}, n, y.data() + b * step, kExact,
+            [&](std::size_t i, std::size_t j) { return static_cast<double>(w[i * row_step + j * column_step]); });
+  }
+}
+
+void check_int8(Isa isa, std::size_t round) {
+  const std::size_t k = 1 + below(300), n = 1 + below(300);
+  const Inputs in(k, round);
+  const std::vector<std::int8_t> w = make(k * n, signed_byte);
+  const std::vector<float> s = make(n, positive);
+  const auto weight = [&](std::size_t r, std::size_t j) {
+    return static_cast<double>(w[r * n + j]) * static_cast<double>(s[j]);
+  };
+  const rows_int8::Weight view{w.data(), n, s.data()};
+  std::vector<float> y(n);
+  rows_int8::choose_exact(isa)(view, in.kept, y.data(), n);
+  compare("rows int8 exact", isa, in.kept, n, y.data(), kExact, weight);
+  if (const rows_int8::Summed kernel = rows_int8::choose_rounded(isa)) {
+    std::vector<std::uint32_t> memory((rows_int8::rounded_bytes(k) + 3) / 4);
+    kernel(view, rows_int8::round(in.sorted, k, memory.data()), y.data(), n);
+    compare("rows int8 rounded", isa, in.kept, n, y.data(), kRounded, weight);
+  }
+}
+
+template <typename Scale>
+void check_int4(Isa isa, std::size_t round) {
+  const std::size_t k = 1 + below(200), groups = 1 + below(20), n = groups * 32, stride = round % 2 == 0 ? 0 : groups;
+  const Inputs in(k, round);
+  const std::vector<std::uint8_t> w = make(k * n / 2, byte), z = make(stride == 0 ? 1 : k * groups, nibble);
+  const std::vector<Scale> s = make(k * groups, scale<Scale>);
+  const auto weight = [&](std::size_t r, std::size_t j) {
+    const int pair = w[(r * n + j) / 2], code = j % 2 == 0 ? pair & 15 : pair >> 4;
+    const int zero = stride == 0 ? z[0] : z[r * groups + j / 32];
+    return static_cast<double>(to_float(s[r * groups + j / 32])) * (code - zero);
+  };
+  const rows_int4::Weight<Scale> view{w.data(), n / 2, s.data(), z.data(), stride, groups};
+  std::vector<float> y(n);
+  rows_int4::choose_exact<Scale>(isa)(view, in.kept, y.data(), groups);
+  compare("rows int4 exact", isa, in.kept, n, y.data(), kExact, weight);
+  if (const rows_int4::Kernel<Scale> kernel = rows_int4::choose_rounded<Scale>(isa)) {
+    kernel(view, in.sorted, y.data(), groups);
+    compare("rows int4 rounded", isa, in.kept, n, y.data(), kRounded, weight);
+  }
+}
+
+// `at(row, column)` of a matrix with rows of `k`; a product of one input with the kept rows is one of the rows' values
+// with a matrix of one column for each.
+template <typename W, typename At>
+void check_dots(const char* name, Isa isa, const W& w, std::size_t f, std::size_t k, bool split, std::size_t round,
+                const At& at) {
+  const Inputs gates(f, round);
+  const std::vector<float> x = make(k, normal);
+  std::vector<std::uint32_t> all(k);
+  for (std::size_t j = 0; j < k; ++j) all[j] = static_cast<std::uint32_t>(j);
+  const Kept every{x.data(), all.data(), k};
+  std::vector<float> out(f);
+  const auto weight = [&](std::size_t j, std::size_t i) {
+    return static_cast<double>(gates.kept.values[i]) * at(gates.kept.rows[i], j);
+  };
+  dots::choose_exact<W>(isa)(w, x.data(), k, gates.kept, out.data());
+  compare(name, isa, every, gates.kept.count, out.data(), kExact, weight);
+  if constexpr (!std::is_same_v<W, dots::F32>) {
+    if (const dots::Rounded<W> kernel = dots::choose_rounded<W>(isa)) {
+      void* memory = std::aligned_alloc(64, (dots::input_bytes(k) + 63) / 64 * 64);
+      dots::Input input;
+      if (!dots::round(x.data(), k, split, memory, &input)) ++g_failures;
+      kernel(w, input, k, gates.kept, out.data());
+      compare(name, isa, every, gates.kept.count, out.data(), kRounded, weight);
+      std::free(memory);
+    }
+  }
+}
+
+void check_all_dots(Isa isa, std::size_t round) {
+  const std::size_t f = 1 + below(60), k = 1 + below(300);
+  const std::vector<float> w = make(f * k, normal), s = make(f, positive);
+  check_dots("dots f32", isa, dots::F32{w.data()}, f, k, false, round,
+             [&](std::size_t r, std::size_t j) { return static_cast<double>(w[r * k + j]); });
+  const std::vector<std::int8_t> w8 = make(f * k, signed_byte);
+  check_dots("dots int8", isa, dots::Int8{w8.data(), s.data()}, f, k, false, round, [&](std::size_t r, std::size_t j) {
+    return static_cast<double>(w8[r * k + j]) * static_cast<double>(s[r]);
+  });
+  const std::size_t groups = 1 + below(40), k4 = groups * 32, stride = round % 2 == 0 ? 0 : groups;
+  const std::vector<std::uint8_t> w4 = make(f * k4 / 2, byte), z = make(stride == 0 ? 1 : f * groups, nibble);
+  const std::vector<std::uint16_t> s4 = make(f * groups, half);
+  const dots::Int4<std::uint16_t> int4{w4.data(), s4.data(), z.data(), stride};
+  check_dots("dots int4", isa, int4, f, k4, true, round, [&](std::size_t r, std::size_t j) {
+    const int pair = w4[(r * k4 + j) / 2], code = j % 2 == 0 ? pair & 15 : pair >> 4;
+    const int zero = stride == 0 ? z[0] : z[r * groups + j / 32];
+    return static_cast<double>(to_float(s4[r * groups + j / 32])) * (code - zero);
+  });
+}
+
+}  // namespace
+
+int main() {
+  const Isa best = choose_isa();
+  std::vector<Isa> all = {Isa::kPortable};
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kVnni}) {
+    if (best != Isa::kDotprod && isa <= best) all.push_back(isa);
+  }
+  if (best == Isa::kDotprod) all.push_back(best);
+  constexpr std::size_t kRounds = 40;
+  for (const Isa isa : all) {
+    for (std::size_t round = 0; round < kRounds; ++round) {
+      check_f32(isa, round);
+      check_dense(isa);
+      check_int8(isa, round);
+      check_int4<float>(isa, round);
+      check_int4<std::uint16_t>(isa, round);
+      check_all_dots(isa, round);
+    }
+  }
+  std::printf("%zu instruction sets, best %d, %zu rounds, %d failures\n", all.size(), static_cast<int>(best), kRounds,
+              g_failures);
+  return g_failures == 0 ? 0 : 1;
+}

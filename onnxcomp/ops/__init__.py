@@ -1,0 +1,39 @@
+"""The portable op set, domain `onnxcomp`: ops that a pass may write and any runtime can run.
+
+A portable op is called through a model-local function whose body is plain ONNX. The rewritten model therefore runs at
+once everywhere, and its body is the numeric reference. A target that has a kernel swaps the call for the op of the same
+name in the domain `onnxcomp.native` (see `onnxcomp.native`); all others inline the body. The two domains are kept apart
+so that a runtime never has to choose between a kernel and a body.
+
+To use one in a pass: `OPS["ThresholdMatMul"].install(model)`, then add a node of that op type and `DOMAIN`.
+
+Attributes: `one_sided` (default 0) compares a value instead of its magnitude. Ops with integer weights take `exact`
+(default 0): kernels may round activations to 8 bits unless it is 1. The bodies never round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from onnxcomp.ops._gated_mlp import gated_mlp, gated_mlp_op
+from onnxcomp.ops._matmul import threshold_matmul, threshold_op, topk_matmul, topk_op
+from onnxcomp.ops._op import DOMAIN, MIN_OPSET, VERSION, PortableOp
+from onnxcomp.ops._weights import FORMATS, GROUP
+
+__all__ = [
+    "DOMAIN",
+    "GROUP",
+    "MIN_OPSET",
+    "OPS",
+    "VERSION",
+    "PortableOp",
+    "gated_mlp",
+    "threshold_matmul",
+    "topk_matmul",
+]
+
+OPS: Mapping[str, PortableOp] = MappingProxyType(
+    {op.name: op for make in (threshold_op, topk_op, gated_mlp_op) for op in map(make, FORMATS)}
+)
+"""Name to portable op."""
