@@ -154,7 +154,7 @@ def collect(
     with ThreadPoolExecutor(workers) as pool:
         for values in _in_order(pool, values_of, data, most):
             at_once = max(1, min(workers, _ROOM // max(_bytes(values), 1)))
-            _show_all(pool, observers, values, count, workers)
+            _show_all(pool, observers, values, count, at_once)
             del values  # or one more than promised would be held while the next feed starts
             count += 1
             if progress:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -368,13 +369,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:
+    try:
+        return np.dtype(np.float32 if value.dtype is None else value.dtype.numpy())
+    except TypeError:
+        raise GraphError(f"input {value.name!r} has the element type {value.dtype}, which no array has") from None
+
+
 def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
     """Inputs that a feed has to give: graph inputs without a default and without streaming state."""
     state = {entry["input"] for entry in json.loads(model.metadata_props.get("onnxcomp.state", "[]"))}
     return tuple(
         TensorSpec(
             name=value.name or "",
-            dtype=np.dtype(np.float32 if value.dtype is None else value.dtype.numpy()),
+            dtype=_numpy_dtype(value),
             shape=None if value.shape is None else tuple(_size(d) for d in value.shape),
         )
         for value in model.graph.inputs

@@ -26,7 +26,7 @@ from onnxcomp.stats import ChannelMean, Group, Histogram, Observer
 from onnxcomp.target import Array, Capabilities
 
 # The mean of a difference between two roundings of the same values settles sooner than the ends of a range do.
-_ROUNDED_FEEDS = 16
+_ROUNDED_FEEDS = 8
 # An int32 bias is kept this far below overflow, so that the accumulator it starts has room.
 _BIAS_LIMIT = 2.0**30
 

@@ -226,3 +226,10 @@ def test_constants_outside_the_file_are_kept(tmp_path, run):
 def test_save_where_there_is_no_folder(tmp_path, model_path):
     with pytest.raises(GraphError, match="there is no folder"):
         save(load(model_path), tmp_path / "none" / "m.onnx")
+
+
+def test_input_of_a_type_that_no_array_has(model_path):
+    model = load(model_path)
+    model.graph.inputs[0].dtype = ir.DataType.UNDEFINED
+    with pytest.raises(GraphError, match="has the element type UNDEFINED, which no array has"):
+        input_specs(model)

@@ -28,6 +28,11 @@ def ours(source: Path, out: Path, data: Path, recipe: str = "int8") -> None:
     api.rewrite(source, out, recipe=recipe, data=data)
 
 
+def gptq(source: Path, out: Path, data: Path) -> None:
+    """Our recipe `int8_gptq`."""
+    ours(source, out, data, "int8_gptq")
+
+
 def mixed(source: Path, out: Path, data: Path) -> None:
     """Our recipe `int8_mixed`."""
     ours(source, out, data, "int8_mixed")
@@ -89,7 +94,7 @@ def main() -> None:
         np.savez(data, image=np.concatenate(images[:: len(images) // IMAGES][:IMAGES]))
         api.export("examples.efficientnet.model:model", source)
         print(f"{'':20} {'cpu s':>6} {'MB peak':>8} {'MB file':>8} {'SQNR dB':>8} {'agree':>6} {'time':>6}  int8 convs")
-        for work in (onnxruntime_minmax, ours, mixed):
+        for work in (onnxruntime_minmax, ours, gptq, mixed):
             out = Path(folder, f"{work.__name__}.onnx")
             seconds, memory = measured(work, source, out, data)
             found = api.profile(out, source, threads=THREADS, repeat=rounds).ratio
@@ -97,7 +102,7 @@ def main() -> None:
             output = api.compare(source, out, data=evaluation, layers=False).outputs[0]
             convs = api.compile(out, Path(folder, "artifact")).audit.executed_ops.get("QLinearConv", 0)
             print(
-                f"{work.__name__:20} {seconds:6.1f} {memory:8.0f} {out.stat().st_size / 1e6:8.2f} "
+                f"{work.__name__:20} {seconds:6.2f} {memory:8.0f} {out.stat().st_size / 1e6:8.2f} "
                 f"{output.sqnr:8.2f} {output.top1:6.3f} {found.median:6.3f}  {convs}",
                 flush=True,
             )
