@@ -44,6 +44,7 @@ def _rewrite(editor: Editor, conv: ir.Node, where: Select) -> Edit | None:
         or (len(conv.inputs) > 2 and bias is None)
         or {n.op_type for n in users(conv.outputs[0])} - set(_TOKENS)
         or not users(conv.outputs[0])
+        or conv.outputs[0].is_graph_output()
     ):
         return None
     channels, height, width = size
