@@ -229,6 +229,14 @@ def users(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(node for node, _ in value.uses()))
 
 
+def sole_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads `value`, in the same graph; None if there are more or the graph puts it out."""
+    readers = users(value)
+    if len(readers) != 1 or value.is_graph_output() or readers[0].graph is not value.graph:
+        return None
+    return readers[0]
+
+
 def in_main_graph(model: ir.Model, node: ir.Node) -> bool:
     """Whether `node` stands in the main graph and not in a subgraph or function."""
     return node.graph is model.graph

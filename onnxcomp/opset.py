@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 from onnxscript.version_converter import ConvertVersionPass
 
 from onnxcomp.edit import attribute, constant
@@ -47,6 +48,7 @@ def raise_opset(model: ir.Model, version: int) -> bool:
             f"the model cannot be converted from opset {before} to {version}; export it anew with a newer opset"
         )
     _keep_sampling(model, rounding)
+    NameFixPass()(model)  # the converter names values of subgraphs as it names those outside
     name_nodes(model)
     return True
 

@@ -9,6 +9,9 @@ import onnx_ir as ir
 from onnxcomp.errors import GraphError
 from onnxcomp.skeleton import skeleton
 
+_CONSTANTS = frozenset(
+    {"value", "value_float", "value_floats", "value_int", "value_ints", "value_string", "value_strings", "sparse_value"}
+)
 _IR_WITH_DEFAULTS = 4
 """IR version from which on a weight need not be an input, and one that is an input is a default value."""
 
@@ -24,8 +27,8 @@ def make_sane(model: ir.Model, where: str) -> None:
         where: What messages call it.
 
     Raises:
-        GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, a tensor has no type,
-            or there is something in it that cannot be written again.
+        GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, a tensor has no type
+            or a Constant no value, or there is something in it that cannot be written again.
     """
     if not model.graph.outputs:
         raise GraphError(f"{where} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
@@ -37,6 +40,10 @@ def make_sane(model: ir.Model, where: str) -> None:
     for tensor in _tensors(model):
         if tensor.dtype == ir.DataType.UNDEFINED:
             raise GraphError(f"{where} is not a valid ONNX model: tensor {tensor.name!r} has no element type")
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and not node.domain and not _CONSTANTS & set(node.attributes):
+            name = node.name or (node.outputs[0].name if node.outputs else "")
+            raise GraphError(f"{where} is not a valid ONNX model: the Constant {name!r} has no value")
     try:
         skeleton(model)
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs

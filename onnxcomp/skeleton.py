@@ -76,10 +76,13 @@ def merge_types(graph: ir.Graph, proto: onnx.GraphProto) -> None:
             if attribute.is_ref():
                 continue
             if attribute.type == ir.AttributeType.GRAPH:
-                merge_types(attribute.as_graph(), bodies[name][0])
+                inner_graphs = [attribute.as_graph()]
             elif attribute.type == ir.AttributeType.GRAPHS:
-                for body, inner in zip(attribute.as_graphs(), bodies[name], strict=True):
-                    merge_types(body, inner)
+                inner_graphs = list(attribute.as_graphs())
+            else:
+                continue
+            for body, inner in zip(inner_graphs, bodies[name], strict=False):  # inference drops malformed ones
+                merge_types(body, inner)
 
 
 def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

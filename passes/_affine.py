@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, bypass, constant, users
+from onnxcomp.edit import Editor, attribute, bypass, constant, sole_reader
 from onnxcomp.rewrite import Edit, applied
 from onnxcomp.select import Select
 from onnxcomp.target import Array
@@ -36,7 +36,7 @@ def _has_own_constants(node: ir.Node) -> bool:
 
 def _after(editor: Editor, conv: ir.Node, edits: list[Edit]) -> None:
     output = conv.outputs[0]
-    while (step := _only_reader(output)) is not None:
+    while (step := sole_reader(output)) is not None:
         weight, bias = _parameters(conv)
         found = _operand(step, output, len(weight), weight.ndim)
         if found is None:
@@ -54,7 +54,7 @@ def _before(editor: Editor, conv: ir.Node, edits: list[Edit]) -> None:
     steps: list[ir.Node] = []
     scale, shift = np.ones(channels, np.float32), np.zeros(channels, np.float32)
     value = conv.inputs[0]
-    while value is not None and (step := value.producer()) is not None and _only_reader(value) is not None:
+    while value is not None and (step := value.producer()) is not None and sole_reader(value) is not None:
         source = next((v for v in step.inputs if constant(v) is None), None)
         found = _operand(step, source, channels, weight.ndim)
         if found is None or source is None:
@@ -89,11 +89,6 @@ def _absorb(editor: Editor, conv: ir.Node, scale: Array, shift: Array) -> None:
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
     moved = (grouped * shift.reshape(shape)).sum(axis=tuple(range(2, grouped.ndim))).reshape(-1)
     _store(editor, conv, (grouped * scale.reshape(shape)).reshape(weight.shape), bias + moved)
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = users(value)
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
 
 def _operand(step: ir.Node, value: ir.Value | None, channels: int, rank: int) -> tuple[Array, Array] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, constant, redirect, replace_output, users
+from onnxcomp.edit import Editor, constant, redirect, replace_output, sole_reader, users
 from onnxcomp.qdq import bias_integers, dequantized_weight, quantize_bias, read_weight
 from onnxcomp.target import Array
 
@@ -30,10 +30,8 @@ def find_bias(node: ir.Node) -> Bias | None:
     if node.op_type in ("Gemm", "Conv"):
         value = node.inputs[2] if len(node.inputs) > 2 else None
         return None if value is None else Bias(value=value, user=node)
-    readers = users(node.outputs[0])
-    if len(readers) != 1 or node.outputs[0].is_graph_output():
-        return None
-    return added_constant(readers[0], node.outputs[0])
+    reader = sole_reader(node.outputs[0])
+    return None if reader is None else added_constant(reader, node.outputs[0])
 
 
 def added_constant(node: ir.Node, value: ir.Value) -> Bias | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, constant, users
+from onnxcomp.edit import Editor, constant, sole_reader
 from onnxcomp.opset import opset
 from onnxcomp.rewrite import Edit, applied
 from onnxcomp.select import Select
@@ -49,7 +49,7 @@ def _merge(editor: Editor, first: ir.Node, where: Select) -> list[Edit]:
             break
         chain.append(node)
         clips.append(clip)
-        node = _only_reader(node.outputs[0])
+        node = sole_reader(node.outputs[0])
     bound = next((c.bound for c in clips if c.bound is not None), None)
     if len(chain) < 2 or bound is None:
         return []
@@ -103,10 +103,3 @@ def _is_bound(array: Array, source: ir.Value) -> bool:
     """Whether a constant is one floating point number that does not raise the rank of what it is compared with."""
     rank = 0 if source.shape is None else len(source.shape)
     return array.size == 1 and array.ndim <= rank and array.dtype in (np.float16, np.float32, np.float64)
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = users(value)
-    if len(readers) != 1 or value.is_graph_output() or readers[0].graph is not value.graph:
-        return None
-    return readers[0]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blockwise import Blocks, unpack
-from onnxcomp.edit import attribute, constant, in_main_graph, users
+from onnxcomp.edit import attribute, constant, in_main_graph, sole_reader
 from onnxcomp.model import all_nodes
 from onnxcomp.passes._bias import added_constant
 from onnxcomp.target import Array
@@ -125,11 +125,9 @@ def _odd(node: ir.Node) -> bool:
 
 def _added(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """The bias that an Add, the only reader, adds to `value`, and the output of that Add."""
-    readers = users(value)
-    if len(readers) != 1 or value.is_graph_output():
-        return None
-    bias = added_constant(readers[0], value)
-    return None if bias is None else (bias.value, readers[0].outputs[0])
+    reader = sole_reader(value)
+    bias = None if reader is None else added_constant(reader, value)
+    return None if bias is None else (bias.value, bias.user.outputs[0])
 
 
 def _dequantizer(value: ir.Value | None) -> ir.Node | None:

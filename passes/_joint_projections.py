@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, constant, users
+from onnxcomp.edit import Editor, attribute, constant, sole_reader, users
 from onnxcomp.rewrite import Edit, applied
 from onnxcomp.select import Select
 from onnxcomp.target import Array
@@ -120,10 +120,10 @@ def _only_reader(node: ir.Node, op_type: str) -> ir.Node | None:
 
 
 def _only_reader_of(output: ir.Value, op_type: str) -> ir.Node | None:
-    readers = users(output)
-    if len(readers) != 1 or output.is_graph_output() or readers[0].op_type != op_type or readers[0].domain != "":
+    reader = sole_reader(output)
+    if reader is None or reader.op_type != op_type or reader.domain != "":
         return None
-    return readers[0] if output in readers[0].inputs[: 2 if op_type == "Add" else 1] else None
+    return reader if output in reader.inputs[: 2 if op_type == "Add" else 1] else None
 
 
 def _taken(value: ir.Value, parts: int) -> tuple[tuple[ir.Value, int], ...] | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import attribute, constant, in_main_graph, users
+from onnxcomp.edit import attribute, constant, in_main_graph, sole_reader, users
 from onnxcomp.model import all_nodes
 from onnxcomp.rewrite import Edit, refused
 from onnxcomp.select import Select
@@ -260,13 +260,13 @@ def _matmul(node: ir.Node, activation: ir.Value, weight: ir.Value, rank: int) ->
     if rank != 2:
         return f"its weight has {rank} dimensions; integer kernels take 2"
     channels = _channels(weight)
-    output, readers = node.outputs[0], users(node.outputs[0])
+    output, reader = node.outputs[0], sole_reader(node.outputs[0])
     bias, user = None, None
-    if len(readers) == 1 and readers[0].op_type == "Add" and not output.is_graph_output():
-        other = next((v for v in readers[0].inputs if v is not output), None)
+    if reader is not None and reader.op_type == "Add":
+        other = next((v for v in reader.inputs if v is not output), None)
         array = constant(other)
         if array is not None and array.size == channels == array.shape[-1] and array.ndim == 1:
-            bias, user, output = other, readers[0], readers[0].outputs[0]
+            bias, user, output = other, reader, reader.outputs[0]
     return Linear(node=node, input=activation, weight=weight, channel_axis=1, bias=bias, bias_user=user, output=output)
 
 
@@ -289,10 +289,9 @@ def _would_be_fused_in_float(value: ir.Value, activation: ir.Node) -> bool:
 
 def _foldable_reader(value: ir.Value) -> ir.Node | None:
     """The ReLU or Clip that alone reads `value` and keeps zero, or None."""
-    readers = users(value)
-    if len(readers) != 1 or value.is_graph_output():
+    node = sole_reader(value)
+    if node is None:
         return None
-    node = readers[0]
     if node.op_type == "Relu" and node.domain in ("", "ai.onnx"):
         return node
     if node.op_type != "Clip" or node.inputs[0] is not value:

@@ -127,7 +127,7 @@ def find_linear(model: ir.Model, node: ir.Node) -> Linear | str:
     if weight is None or array is None:
         producer = weight.producer() if weight is not None else None
         quantized = producer is not None and producer.op_type == "DequantizeLinear"
-        return "it is quantized already; smooth goes before quantize" if quantized else "its weight is not constant"
+        return "it is quantized already; scales go into float weights" if quantized else "its weight is not constant"
     if array.dtype != np.float32:
         return f"its weight is {array.dtype}, not float32"
     if array.ndim != 2:

@@ -13,38 +13,13 @@ from annotated_types import Ge, Le
 from typing_extensions import override
 
 from onnxcomp.edit import Editor
-from onnxcomp.model import all_nodes
 from onnxcomp.passes._awq_search import Trial
-from onnxcomp.passes._scale_folds import (
-    Linear,
-    Source,
-    direct_source,
-    find_layer,
-    find_linear,
-    layer_sources,
-    unsuitable_reader,
-)
+from onnxcomp.passes._scale_folds import Source
+from onnxcomp.passes._scale_sites import Site, find_sites, layers_before, may_be_scaled
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied, refused
 from onnxcomp.stats import Observer, RowSample
 
 _TREATED = "onnxcomp.awq"  # metadata of a linear op for whose weight a scale was searched
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Site:
-    """An activation, all linear ops that read it, and what takes the scale or why nothing does."""
-
-    value: ir.Value
-    linears: tuple[Linear, ...]
-    source: Source | str
-
-    @property
-    def name(self) -> str:
-        return self.value.name or ""
-
-    @property
-    def channels(self) -> int:
-        return len(self.linears[0].matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +51,27 @@ class Awq(Pass):
     def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
         return {
             site.name: RowSample(self.rows, seed=context.seed)
-            for site in self._sites(model, [])
-            if not isinstance(site.source, str) or find_layer(model, site.value) is not None
+            for site in find_sites(model, self.where, _TREATED)[0]
+            if may_be_scaled(model, site)
         }
 
     @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
-        edits: list[Edit] = []
-        sites = self._sites(model, edits)
-        behind = {s.value: found for s in sites if isinstance(s.source, str) and (found := find_layer(model, s.value))}
-        proven = layer_sources(model, context, behind, {s.value: s.channels for s in sites})
+        sites, edits = find_sites(model, self.where, _TREATED)
+        proven = layers_before(model, context, sites)
         editor = Editor(model)
         for site in sites:
             source = proven.get(site.value, site.source)
             if isinstance(source, str):
-                edits += [refused(linear.node, source) for linear in site.linears]
+                edits += [refused(node, source) for node in site.nodes]
             else:
                 edits += self._scale(editor, site, source, context)
         if any(e.action == "applied" for e in edits):
             IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
-    def _scale(self, editor: Editor, site: _Site, source: Source, context: Context) -> list[Edit]:
-        nodes = [linear.node for linear in site.linears]
+    def _scale(self, editor: Editor, site: Site, source: Source, context: Context) -> list[Edit]:
+        nodes = site.nodes
         for node in nodes:
             node.metadata_props[_TREATED] = "searched"
         trial = Trial(
@@ -119,26 +92,3 @@ class Awq(Pass):
             linear.scale_inputs(editor, scale, nowhere)
         detail = f"awq alpha {alpha:.2f}, {source.place}; held-out output error x {ratio:.3f}"
         return [applied(node, detail) for node in nodes]
-
-    def _sites(self, model: ir.Model, edits: list[Edit]) -> list[_Site]:
-        readers: dict[ir.Value, list[Linear]] = {}
-        for node in all_nodes(model):
-            if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or not self.where(node):
-                continue
-            if _TREATED in node.metadata_props:
-                edits.append(refused(node, "a scale was searched for its weight already"))
-                continue
-            linear = find_linear(model, node)
-            if isinstance(linear, str):
-                edits.append(refused(node, linear.replace("smooth goes", "awq goes")))
-            elif (value := node.inputs[0]) is not None:
-                readers.setdefault(value, []).append(linear)
-        sites: list[_Site] = []
-        for value, linears in readers.items():
-            unfit = unsuitable_reader(value, [linear.node for linear in linears])
-            if unfit is not None:
-                edits += [refused(linear.node, unfit) for linear in linears]
-                continue
-            source = direct_source(value, len(linears[0].matrix))
-            sites.append(_Site(value=value, linears=tuple(linears), source=source))
-        return sites

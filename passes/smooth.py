@@ -13,43 +13,14 @@ from annotated_types import Ge, Le
 from typing_extensions import override
 
 from onnxcomp.edit import Editor
-from onnxcomp.model import all_nodes
 from onnxcomp.opset import opset
-from onnxcomp.passes._scale_folds import (
-    Linear,
-    Source,
-    direct_source,
-    explicit_source,
-    find_layer,
-    find_linear,
-    layer_sources,
-    unsuitable_reader,
-)
+from onnxcomp.passes._scale_folds import Linear, Source, explicit_source
+from onnxcomp.passes._scale_sites import Site, find_sites, layers_before, may_be_scaled
 from onnxcomp.passes._smooth_search import Layer, Method, search
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied, refused
 from onnxcomp.stats import ChannelRange, Group, Observer, RowSample
 
 _TREATED = "onnxcomp.smooth"  # metadata of a linear op for whose input a scale was searched
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Site:
-    """An activation and the linear ops that read it.
-
-    Attributes:
-        value: The activation.
-        linears: All ops that read it.
-        source: The norm before it that takes the scale, or why there is none.
-    """
-
-    value: ir.Value
-    linears: tuple[Linear, ...]
-    source: Source | str
-
-    @property
-    def channels(self) -> int:
-        """Length of the last axis."""
-        return len(self.linears[0].matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,36 +64,34 @@ class Smooth(Pass):
     @override
     def observers(self, model: ir.Model, context: Context) -> Mapping[str, Observer]:
         return {
-            site.value.name or "": Group(RowSample(self.rows, seed=context.seed), ChannelRange())
-            for site in self._sites(model, [])
-            if self.explicit or not isinstance(site.source, str) or find_layer(model, site.value) is not None
+            site.name: Group(RowSample(self.rows, seed=context.seed), ChannelRange())
+            for site in find_sites(model, self.where, _TREATED)[0]
+            if self.explicit or may_be_scaled(model, site)
         }
 
     @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
-        edits: list[Edit] = []
-        sites = self._sites(model, edits)
-        behind = {s.value: found for s in sites if isinstance(s.source, str) and (found := find_layer(model, s.value))}
-        proven = layer_sources(model, context, behind, {s.value: s.channels for s in sites})
+        sites, edits = find_sites(model, self.where, _TREATED)
+        proven = layers_before(model, context, sites)
         editor = Editor(model)
         for site in sites:
             source = proven.get(site.value, site.source)
             if isinstance(source, str) and self.explicit:
-                source = explicit_source(site.value, [linear.node for linear in site.linears])
+                source = explicit_source(site.value, site.nodes)
             if isinstance(source, str):
-                edits += [refused(n.node, f"{source}; explicit = true may insert a Mul") for n in site.linears]
+                edits += [refused(node, f"{source}; explicit = true may insert a Mul") for node in site.nodes]
             else:
                 edits += self._smooth(editor, site, source, context, opset(model))
         if any(e.action == "applied" for e in edits):
             IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
-    def _smooth(self, editor: Editor, site: _Site, source: Source, context: Context, version: int) -> list[Edit]:
-        nodes = [linear.node for linear in site.linears]
-        seen = context.statistic(site.value.name or "", ChannelRange)
+    def _smooth(self, editor: Editor, site: Site, source: Source, context: Context, version: int) -> list[Edit]:
+        nodes = site.nodes
+        seen = context.statistic(site.name, ChannelRange)
         weight_bits = min(self.weight_bits, 7) if context.capabilities.reduce_range else self.weight_bits
         layer = Layer(
-            rows=context.statistic(site.value.name or "", RowSample).sample,
+            rows=context.statistic(site.name, RowSample).sample,
             low=seen.low,
             high=seen.high,
             weight=np.concatenate([linear.matrix for linear in site.linears], axis=1),
@@ -148,28 +117,6 @@ class Smooth(Pass):
             linear.scale_inputs(editor, factor, found.shift)
         detail = f"{found.label}, {source.place}; held-out output error x {ratio:.3f}"
         return [applied(node, detail) for node in nodes]
-
-    def _sites(self, model: ir.Model, edits: list[Edit]) -> list[_Site]:
-        readers: dict[ir.Value, list[Linear]] = {}
-        for node in all_nodes(model):
-            if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or not self.where(node):
-                continue
-            linear = find_linear(model, node)
-            if _TREATED in node.metadata_props:
-                edits.append(refused(node, "a scale was searched for its input already"))
-            elif isinstance(linear, str):
-                edits.append(refused(node, linear))
-            elif (value := node.inputs[0]) is not None:
-                readers.setdefault(value, []).append(linear)
-        sites: list[_Site] = []
-        for value, linears in readers.items():
-            unfit = unsuitable_reader(value, [linear.node for linear in linears])
-            if unfit is not None:
-                edits += [refused(linear.node, unfit) for linear in linears]
-                continue
-            source = direct_source(value, len(linears[0].matrix))
-            sites.append(_Site(value=value, linears=tuple(linears), source=source))
-        return sites
 
 
 def _can_lose(linear: Linear) -> bool:

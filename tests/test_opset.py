@@ -112,3 +112,25 @@ def test_weights_on_disk_in_a_subgraph_keep_their_place(tmp_path):
     save(model, result)
     feed = {"x": np.arange(8, dtype=np.float32), "c": np.array(True)}
     np.testing.assert_array_equal(run_all(result, [feed])[0][0], np.arange(8) * np.arange(1, 9))
+
+
+def test_names_stay_apart_in_subgraphs(tmp_path):
+    """The converter adds constants, whose names must not clash with those that it adds elsewhere."""
+    body = """
+        a = Clip <max = 1.0> (x)
+        y = If (c) <then_branch = t () => (float[2] r) { p = Neg (a)  q = Neg (p)  r = Dropout <ratio = 0.5> (q) },
+                    else_branch = e () => (float[2] s) { s = Clip <min = 0.5> (a) }>
+    """
+    model = parser.parse_model(
+        f'<ir_version: 7, opset_import: ["": 9]> g (bool c, float[2] x) => (float[2] y) {{ {body} }}'
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    found = load(tmp_path / "m.onnx")
+    assert raise_opset(found, 13)
+    names = {v.name for node in found.graph for v in node.outputs}
+    assert not names & {v.name for body in found.graph.subgraphs() for node in body for v in node.outputs}
+    save(found, tmp_path / "n.onnx")
+    feeds = [{"c": np.array(c), "x": np.array([0.25, 2.0], np.float32)} for c in (True, False)]
+    then, other = run_all(tmp_path / "n.onnx", feeds)
+    np.testing.assert_array_equal(then[0], [0.25, 1.0])
+    np.testing.assert_array_equal(other[0], [0.5, 1.0])

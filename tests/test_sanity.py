@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from onnxcomp.api import rewrite
 from onnxcomp.errors import GraphError
 from onnxcomp.model import check_graph, infer_shapes, load, save
-from onnxcomp.skeleton import skeleton
+from onnxcomp.skeleton import merge_types, skeleton
 from tests.corpus.harness import run_all, session
 
 X = {"x": np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)}
@@ -128,3 +128,25 @@ def test_large_weights_of_one_name_in_two_branches():
     shapes = {a.name: a.g.input[0].type.tensor_type.shape.dim[0].dim_value for a in found.graph.node[0].attribute}
     assert shapes == {"then_branch": 2000, "else_branch": 3000}
     assert not any(a.g.initializer for a in found.graph.node[0].attribute)
+
+
+def test_constant_without_a_value(tmp_path):
+    model = old_model()
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["odd"], jalue=1.0))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(GraphError, match="the Constant 'odd' has no value"):
+        load(tmp_path / "m.onnx")
+
+
+def test_body_written_twice_once_as_a_number(tmp_path):
+    """A node of two attributes of one name, of which only one is a graph, does not stop type inference."""
+    graph = parser.parse_graph(
+        "g (bool c, float[2] x) => (float[2] y) { y = If (c) <then_branch = t () => (float[2] r) { r = Abs (x) },"
+        " else_branch = e () => (float[2] s) { s = Neg (x) }> }"
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    loaded = ir.from_proto(model)
+    proto = skeleton(loaded)
+    proto.graph.node[0].attribute.append(helper.make_attribute("then_branch", 1))
+    merge_types(loaded.graph, proto.graph)
+    assert [n.op_type for n in loaded.graph] == ["If"]

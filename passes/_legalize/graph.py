@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, constant, redirect, replace_output, users
+from onnxcomp.edit import Editor, attribute, constant, redirect, replace_output, sole_reader, users
 from onnxcomp.qdq import quantize_activation
 from onnxcomp.quant import Grid
 from onnxcomp.rewrite import Edit, applied, refused
@@ -98,10 +98,8 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
 
 def only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
     """The node that alone reads `value`, if it is one of these ops; None if `value` is a graph output."""
-    readers = users(value)
-    if len(readers) != 1 or value.is_graph_output() or not is_op(readers[0], *op_types):
-        return None
-    return readers[0]
+    reader = sole_reader(value)
+    return reader if reader is not None and is_op(reader, *op_types) else None
 
 
 def grid_of(node: ir.Node) -> Grid | None:

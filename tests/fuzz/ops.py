@@ -60,6 +60,8 @@ def matmul(g: Graph) -> None:
     if not (x := g.value()):
         return
     shape = g.values[x]
+    if not shape:
+        return  # a scalar
     known = [w for w in g.weights if len(w.dims) == 2 and w.dims[0] == shape[-1] and w.data_type == TensorProto.FLOAT]
     if known and g.chance(30):
         weight, columns = known[0].name, known[0].dims[1]
@@ -149,7 +151,8 @@ def reshape(g: Graph) -> None:
     if not (x := g.value()):
         return
     shape = g.values[x]
-    target: Shape = g.pick([(math.prod(shape),), (shape[0], math.prod(shape[1:])), (1, *shape), shape])
+    rows = [(shape[0], math.prod(shape[1:]))] if shape else []
+    target: Shape = g.pick([(math.prod(shape),), *rows, (1, *shape), shape])
     if g.chance(30) and len(shape) > 1:
         size = g.op("Shape", [x], None)
         first = g.op("Gather", [size, g.const(np.array([0], np.int64))], None, axis=0)

@@ -80,3 +80,20 @@ def test_moved_tensor_that_a_subgraph_reads(run_passes, outputs):
     pool = next(n for n in model.graph if n.op_type == "MaxPool")
     assert [user.op_type for user, _ in pool.outputs[0].uses()] == ["QuantizeLinear"]
     assert sqnr(expected, outputs(model, feed)[0]) > 30
+
+
+@pytest.mark.parametrize("reader", ["Add(p, b)", "Relu(p)"])
+def test_product_that_a_subgraph_alone_reads(reader, run_passes, outputs):
+    """What stands in a branch is not taken for the product's bias or activation."""
+    model = ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[3, 4] x, bool c) => (float[3, 2] y)
+        <float[4, 2] w = {{1, -2, 3, -4, 5, -6, 7, -8}}, float[2] b = {{0.5, -0.5}}, int64[2] s = {{3, 2}}> {{
+            p = MatMul(x, w)
+            y = If (c) <then_branch = t () => (float[3, 2] q) {{ q = {reader} }},
+                        else_branch = e () => (float[3, 2] r) {{ r = Expand(b, s) }}> }}""")
+    for i, node in enumerate(model.graph.all_nodes()):
+        node.name = f"n{i}"
+    feed = {"x": data(3, 4), "c": np.array(True)}
+    expected = outputs(model, feed)[0]
+    run_passes(model, Quantize(), data=[feed])
+    assert sqnr(expected, outputs(model, feed)[0]) > 30

@@ -113,7 +113,7 @@ def test_a_quantized_model_is_left_alone(b, data, run_passes):
     before = ir.to_onnx_text(model)
     report = run_passes(model, Smooth(rows=64), data=data)
     assert [(e.action, e.detail) for e in report.edits] == [
-        ("refused", "it is quantized already; smooth goes before quantize")
+        ("refused", "it is quantized already; scales go into float weights")
     ]
     assert ir.to_onnx_text(model) == before
 
