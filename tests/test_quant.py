@@ -144,7 +144,7 @@ def test_mse_is_no_worse_than_minmax_on_its_own_data(kind, bits):
     assert found <= 1.01 * error(x, observed_range(histogram, "minmax", bits), bits)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("normal", 4), ("laplace", 4), ("student", 6), ("gelu", 4)])
+@pytest.mark.parametrize(("kind", "bits"), [("normal", 4), ("laplace", 4), ("student", 6), ("gelu", 4), ("gelu", 8)])
 def test_mse_is_near_the_best_range_of_an_exhaustive_search(kind, bits):
     x = samples(kind)
     low, high = float(x.min()), float(x.max())
