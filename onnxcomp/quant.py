@@ -143,10 +143,10 @@ def _mse_range(histogram: Histogram, low: float, high: float, bits: int) -> tupl
     up within one step of zero, where the usual assumption is off by a factor.
     """
     points, counts = _points(histogram)
-    wrong = np.empty_like(points)
+    wrong, container = np.empty_like(points), np.uint8 if bits <= 8 else np.uint16
 
     def error(ends: tuple[float, float]) -> float:
-        grid = activation_grid(*ends, bits)
+        grid = activation_grid(*ends, bits, dtype=container)
         np.rint(np.divide(points, grid.scale, out=wrong), out=wrong)
         np.clip(wrong, grid.qmin - float(grid.zero_point), grid.qmax - float(grid.zero_point), out=wrong)
         np.subtract(np.multiply(wrong, grid.scale, out=wrong), points, out=wrong)
