@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnxcomp.verbs.compression import compress
 from onnxcomp.verbs.inspection import doctor, inspect, list_ops, list_passes, list_recipes, list_targets
 from onnxcomp.verbs.legalization import legalize
-from onnxcomp.verbs.measuring import compare, profile
+from onnxcomp.verbs.measuring import calibrate_target, compare, profile
 from onnxcomp.verbs.perplexity import Perplexity, perplexity
 from onnxcomp.verbs.resolve import ModelLike, RecipeLike, Shapes
 from onnxcomp.verbs.results import (
@@ -32,6 +32,7 @@ __all__ = [
     "Sensitivity",
     "Shapes",
     "SparsityProfile",
+    "calibrate_target",
     "compare",
     "compile",
     "compress",

@@ -136,6 +136,10 @@ def legalize(
     seed: Seed = 0,
     inputs: Inputs = None,
     min_sqnr: SameSqnr = 30.0,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", help="Float model that it was made from, to be judged by."),
+    ] = None,
     measure: MeasureToo = False,
     timing: Timing,
     dry_run: DryRun = False,
@@ -151,12 +155,12 @@ def legalize(
     with working(as_json) as progress:
         result = api.legalize(
             model, None if dry_run else output, target=target, exact=exact, calibrate=calibrate, data=data,
-            samples=samples, seed=seed, shapes=shapes(inputs), min_sqnr=min_sqnr, measure=measure, **timing.keywords(),
-            progress=progress,
+            samples=samples, seed=seed, shapes=shapes(inputs), min_sqnr=min_sqnr, reference=reference, measure=measure,
+            **timing.keywords(), progress=progress,
         )  # fmt: skip
     cli_render.legalization(result, as_json)
     if not result.accepted:
-        fail(f"SQNR is {result.fidelity.worst_sqnr:.1f} dB, below --min-sqnr {min_sqnr}; nothing was written")
+        fail(cli_render.not_legalized(result))
 
 
 @app.command()
@@ -239,6 +243,23 @@ def perplexity(
     cli_render.perplexity(result, as_json)
     if max_rise is not None and result.rise is not None and not result.rise <= max_rise:
         fail(f"perplexity rises by {result.rise:.2%}, more than --max-rise {max_rise:g}")
+
+
+@app.command("calibrate-target")
+def calibrate_target(
+    model: Annotated[
+        Path | None, typer.Argument(help="Its products are measured, else those of common shapes.")
+    ] = None,
+    target: TargetName = "ort-cpu",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure from which sparsity on the target's sparse kernels pay on this machine, for later rewrites."""
+    from onnxcomp import api
+
+    with working(as_json) as progress:
+        result = api.calibrate_target(target, model, threads=threads, progress=progress)
+    cli_render.break_even(result, as_json)
 
 
 @app.command("compile")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RewriteResult,
         SparsityProfile,
     )
+    from onnxcomp.break_even import BreakEven
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
     from onnxcomp.profile import Ratio
@@ -147,10 +148,30 @@ def legalization(found: Legalization, as_json: bool) -> None:
         if audit.fallbacks:
             _table(("node", "op", "why in float"), [(r.node, r.op_type, r.reason) for r in audit.fallbacks])
     _ratio("after / before", found.ratio)
+    if found.refused_sqnr is not None:
+        text = f"SQNR was {found.refused_sqnr:.1f} dB to the original otherwise, which a lower --min-sqnr takes"
+        _print(f"every integer was kept, as with --exact: {text}")
+    if found.runtime.worst_sqnr < found.min_sqnr:
+        _print(
+            f"before: the runtime's optimizer changes this model's outputs: SQNR {found.runtime.worst_sqnr:.1f} dB on "
+            f"{found.target} to what the file says"
+        )
     same = found.fidelity
-    _print(f"outputs: SQNR {same.worst_sqnr:.1f} dB to those before ({same.samples} samples of {same.data})")
+    _print(f"outputs: SQNR {same.worst_sqnr:.1f} dB to the original ({same.samples} samples of {same.data})")
+    if found.to_reference:
+        before, after = (found.to_reference[name].worst_sqnr for name in ("before", "after"))
+        _print(f"outputs: SQNR {before:.1f} dB before and {after:.1f} dB after, to {found.reference}")
     if found.accepted:
         _print(f"wrote {found.path}" if found.path else "dry run: nothing was written")
+
+
+def not_legalized(found: Legalization) -> str:
+    """Why a legalized model was not written."""
+    text = f"SQNR is {found.fidelity.worst_sqnr:.1f} dB, below --min-sqnr {found.min_sqnr}"
+    if found.to_reference:
+        before, after = (found.to_reference[name].worst_sqnr for name in ("before", "after"))
+        text += f", and {after:.1f} dB to {found.reference}, where the original has {before:.1f} dB"
+    return f"{text}; nothing was written"
 
 
 def _passes(reports: Sequence[PassReport]) -> None:
@@ -165,6 +186,21 @@ def _ratio(what: str, found: Ratio | None) -> None:
     if found:
         interval = f"{found.confidence:.0%} interval {found.low:.3f}-{found.high:.3f}"
         _print(f"{what}: {found.median:.3f} ({interval}, {found.rounds} rounds)")
+
+
+def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
+    """Prints from which sparsity on sparse kernels pay: a line a kernel and shape, a column a number of rows."""
+    if as_json:
+        _json(found)
+        return
+    rows = sorted({e.rows for e in found})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for entry in found:
+        key = (entry.op, entry.weights, entry.dense, f"{entry.inputs}x{entry.outputs}")
+        lines.setdefault(key, {})[entry.rows] = "never" if entry.sparsity >= 1 else f"{entry.sparsity:.0%}"
+    header = ("op", "weights", "against", "shape", *(f"{r} row{'s' * (r > 1)}" for r in rows))
+    _table(header, [(*key, *(cells.get(r, "") for r in rows)) for key, cells in lines.items()])
+    _print("faster than dense from these shares of dropped inputs on; kept for this machine")
 
 
 def artifact(found: Artifact, as_json: bool) -> None:

@@ -191,6 +191,25 @@ def replace_output(value: ir.Value, replacement: ir.Value) -> None:
             graph.outputs[index] = replacement
 
 
+def become(
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int] | None = None,
+    domain: str = "",
+) -> None:
+    """Makes `node` another op in place: its name, its outputs and what is noted at them stay, its attributes go."""
+    while inputs and inputs[-1] is None:
+        inputs = inputs[:-1]
+    node.op_type, node.domain = op_type, domain
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    node.attributes.clear()
+    for name, number in (attributes or {}).items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The array of an initializer or Constant node, or None if `value` is not constant.
 

@@ -86,10 +86,10 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool = False) -> None:
     """Writes a model atomically: a reader sees the old file or the new one, never a part.
 
-    Weights above `EXTERNAL_THRESHOLD` bytes, or 64 MiB if some of them lie on disk already, go into
+    Weights above `EXTERNAL_THRESHOLD` bytes, or 64 MiB if some of them lie on disk already, or if asked, go into
     `<name>.data` beside the model; if the model that is replaced uses that name, into `<name>.1.data`, and the old file
     is removed at the end. So a model may be saved over the file that it was loaded from. Its weights that are still on
     disk are then those of a file that is gone: load it anew.
@@ -99,7 +99,7 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     size = weight_bytes(model)
-    external = size > EXTERNAL_THRESHOLD or (size > _KEPT_OUTSIDE and has_external(model))
+    external = external or size > EXTERNAL_THRESHOLD or (size > _KEPT_OUTSIDE and has_external(model))
     try:
         if not path.parent.is_dir():
             raise GraphError(f"cannot write {path}: there is no folder {path.parent}")

@@ -28,7 +28,7 @@ def make_sane(model: ir.Model, where: str) -> None:
 
     Raises:
         GraphError: If the graph has no outputs, nodes form a cycle or read what nobody computes, a tensor has no type
-            or a Constant no value, or there is something in it that cannot be written again.
+            or not the data of its shape, a Constant has no value, or something in it cannot be written again.
     """
     if not model.graph.outputs:
         raise GraphError(f"{where} is not an ONNX model: it has no graph with outputs (an empty or foreign file?)")
@@ -40,6 +40,8 @@ def make_sane(model: ir.Model, where: str) -> None:
     for tensor in _tensors(model):
         if tensor.dtype == ir.DataType.UNDEFINED:
             raise GraphError(f"{where} is not a valid ONNX model: tensor {tensor.name!r} has no element type")
+        if isinstance(tensor, ir.TensorProtoTensor):
+            _check_size(tensor, where)
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and not node.domain and not _CONSTANTS & set(node.attributes):
             name = node.name or (node.outputs[0].name if node.outputs else "")
@@ -96,6 +98,20 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
         for attribute in node.attributes.values():
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                 yield attribute.value
+
+
+def _check_size(tensor: ir.TensorProtoTensor, where: str) -> None:
+    """There is as much data as the shape says; a damaged file has less, which only a read of the array would tell."""
+    message = f"{where} is not a valid ONNX model: tensor {tensor.name!r} cannot be read: "
+    found = len(tensor.raw.raw_data) if tensor.raw.HasField("raw_data") else None
+    try:
+        if found is None:
+            tensor.numpy()
+        needed = tensor.nbytes
+    except (ValueError, TypeError) as error:
+        raise GraphError(message + _reason(error)) from error
+    if found not in (None, needed):
+        raise GraphError(f"{message}its shape {list(tensor.shape)} takes {needed} bytes, not {found}")
 
 
 def _bodies(node: ir.Node) -> Iterator[ir.Graph]:

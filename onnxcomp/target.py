@@ -7,7 +7,7 @@ entry point group `onnxcomp.targets`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+from onnxcomp.break_even import BreakEven
+from onnxcomp.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from onnxcomp.rewrite import Pass
@@ -63,6 +66,7 @@ class Capabilities:
         reduce_range: Weights must keep to 7 bits, since the CPU's 8-bit dot product saturates in 16 bits.
         features: CPU or device features found, for the report.
         contrib_ops: Ops outside the ONNX standard that it has fast kernels for, as `domain::op_type`.
+        break_even: When sparse kernels pay, by measurement.
     """
 
     target: str
@@ -73,6 +77,7 @@ class Capabilities:
     reduce_range: bool = False
     features: tuple[str, ...] = ()
     contrib_ops: frozenset[str] = frozenset()
+    break_even: tuple[BreakEven, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class AuditRow:
         macs: Multiply-accumulates per run, 0 when the shape is unknown.
         quantized: The model asks for integer execution: its activation and weight come from DequantizeLinear.
         integer: It is executed on integers.
-        reason: Why a quantized node is not executed on integers; empty otherwise.
+        reason: Why a quantized node is not executed on integers, or why the target chose another form; else empty.
     """
 
     node: str
@@ -222,3 +227,22 @@ class Target(ABC):
     @abstractmethod
     def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
         """Peak resident memory in bytes of a process that only loads the artifact and runs it."""
+
+    def calibrate(
+        self,
+        shapes: Sequence[tuple[int, int]] = (),
+        *,
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sequence[BreakEven]:
+        """Measures on this machine when sparse kernels pay, and keeps the result for later compilations.
+
+        Args:
+            shapes: Rows and columns of the weights to measure; common ones by default.
+            threads: Threads of a run.
+            progress: Told how many of how many cases are measured.
+
+        Raises:
+            UnsupportedError: If the target has no sparse kernels.
+        """
+        raise UnsupportedError(f"target {self.name!r} has no sparse kernels to measure")

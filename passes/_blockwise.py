@@ -8,13 +8,13 @@ gathered as integers; the transposed integers that the MatMul needs are made onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blockwise import Blocks, pack
-from onnxcomp.edit import Editor
+from onnxcomp.edit import Editor, become
 from onnxcomp.target import Array
 
 DOMAIN = "com.microsoft"
@@ -48,7 +48,7 @@ def to_matmul_nbits(
     for node in products:
         inputs = [node.inputs[0], codes, scale, zero, None, node.inputs[2] if len(node.inputs) > 2 else None]
         sizes = {"K": blocks.columns, "N": len(blocks.codes), "accuracy_level": accuracy_level}
-        _become(node, "MatMulNBits", inputs, shared | sizes, DOMAIN)
+        become(node, "MatMulNBits", inputs, shared | sizes, DOMAIN)
     if not lookups:
         return
     rows = editor.weight(f"{name}_rows", np.array([len(blocks.codes), -1]))
@@ -58,7 +58,7 @@ def to_matmul_nbits(
         inputs = [table, node.inputs[1], scale, zero]
         attributes = shared | {"gather_axis": 0, "quantize_axis": 1}
         if blocks.columns == count * blocks.block_size:
-            _become(node, "GatherBlockQuantized", inputs, attributes, DOMAIN)
+            become(node, "GatherBlockQuantized", inputs, attributes, DOMAIN)
             continue
         branch = _beside(editor, node)
         padded = branch.before(node, "GatherBlockQuantized", inputs, name=f"{node.name}_padded", attributes=attributes)
@@ -67,7 +67,7 @@ def to_matmul_nbits(
         producer.domain = DOMAIN
         _note(padded, scale.dtype)
         ends = [branch.weight(f"{node.name}_{k}", np.array([v])) for k, v in (("from", 0), ("to", blocks.columns))]
-        _become(node, "Slice", [padded, *ends, branch.weight(f"{node.name}_axis", np.array([-1]))])
+        become(node, "Slice", [padded, *ends, branch.weight(f"{node.name}_axis", np.array([-1]))])
 
 
 def to_dequantize(
@@ -103,7 +103,7 @@ def to_dequantize(
         ]
         for row, value in zip(rows, stored, strict=True):
             _note(row, value.dtype)
-        _become(node, "DequantizeLinear", rows, attributes | {"axis": -1})
+        become(node, "DequantizeLinear", rows, attributes | {"axis": -1})
 
 
 def _stored(editor: Editor, blocks: Blocks, name: str, *, turned: bool) -> list[ir.Value]:
@@ -147,25 +147,6 @@ def _note(value: ir.Value, dtype: ir.DataType | None, shape: Sequence[int | ir.S
         value.dtype = dtype
     if shape:
         value.shape = ir.Shape(shape)
-
-
-def _become(
-    node: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, int] | None = None,
-    domain: str = "",
-) -> None:
-    """Makes `node` another op in place: its name, its output and what is noted at them stay."""
-    while inputs and inputs[-1] is None:
-        inputs = inputs[:-1]
-    node.op_type, node.domain = op_type, domain
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-    node.attributes.clear()
-    for name, number in (attributes or {}).items():
-        node.attributes[name] = ir.AttrInt64(name, number)
 
 
 def _first(editor: Editor, nodes: Sequence[ir.Node]) -> ir.Node:

@@ -6,12 +6,10 @@ ONNX standard. The integer node takes over the name of the product, and the last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, constant
+from onnxcomp.edit import Editor, attribute, become, constant
 from onnxcomp.passes._matrices import Matrix
 from onnxcomp.target import Array
 
@@ -94,7 +92,7 @@ def to_integer_matmul(editors: Editors, matrix: Matrix, integers: Array, scale: 
         last = ("Mul", floats, factors)
         if bias is not None:
             last = ("Add", editor.before(node, "Mul", [floats, factors], name=f"{name}_scaled", like=output), bias)
-        _become(node, last[0], last[1:])
+        become(node, last[0], last[1:])
         product.name, node.name = node.name, product.name
         y.name = name
         editor.rename(y, "integers")
@@ -140,14 +138,5 @@ def to_integer_lstm(editor: Editor, node: ir.Node, quantized: list[tuple[Array, 
         ]
     kept = {name: given for name, given in node.attributes.items() if name != "layout"}
     editor.model.opset_imports.setdefault(LSTM_DOMAIN, 1)
-    _become(node, LSTM, inputs, LSTM_DOMAIN)
+    become(node, LSTM, inputs, domain=LSTM_DOMAIN)
     node.attributes.update(kept)
-
-
-def _become(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], domain: str = "") -> None:
-    """Makes `node` another op in place: its outputs and what is noted at them stay, its attributes go."""
-    node.op_type, node.domain = op_type, domain
-    node.resize_inputs(len(inputs))
-    for index, value in enumerate(inputs):
-        node.replace_input_with(index, value)
-    node.attributes.clear()

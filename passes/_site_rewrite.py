@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, redirect, replace_output, users
-from onnxcomp.ops import DOMAIN, OPS
+from onnxcomp.edit import Editor, become, redirect, replace_output, users
+from onnxcomp.ops import DOMAIN, OPS, SPARSITY
 from onnxcomp.passes._activations import LAYOUT
 from onnxcomp.passes._dense import Dense
 from onnxcomp.passes._feed_forward import FeedForward, Part
@@ -32,8 +32,20 @@ class Rewriter:
         self._weights = Weights(self._editor, storage)
         self._masks: dict[tuple[ir.Value, bytes], ir.Value] = {}
 
-    def drop(self, site: Site, threshold: Array) -> str:
-        """Drops values of at most `threshold`, a scalar or one value a channel; returns what was written."""
+    def drop(self, site: Site, threshold: Array, sparsity: float | None = None) -> str:
+        """Drops values of at most `threshold`, a scalar or one value a channel; returns what was written.
+
+        Args:
+            site: Where.
+            threshold: The threshold.
+            sparsity: Share of values that it drops, to be noted at the product: a target decides by it.
+        """
+        written = self._drop(site, threshold)
+        if sparsity is not None:
+            site.dense.node.metadata_props[SPARSITY] = f"{sparsity:.4f}"
+        return written
+
+    def _drop(self, site: Site, threshold: Array) -> str:
         block = site.block
         if block is None or site.observed is site.dense.source:
             return self._input(site.dense, threshold)
@@ -50,6 +62,7 @@ class Rewriter:
         """Keeps the `count` largest magnitudes of each row of a product's input."""
         dense = site.dense
         stored = self._weights.of(dense)
+        dense.node.metadata_props[SPARSITY] = f"{max(0.0, 1 - count / dense.inputs):.4f}"
         if stored is not None:
             return self._become(dense, f"TopKMatMul{stored.suffix}", [dense.source, *stored.values], {"k": count})
         masked = self._largest(dense.source, count)
@@ -91,13 +104,7 @@ class Rewriter:
         node = dense.node
         bias = dense.bias if dense.bias in node.inputs else None
         OPS[op_type].install(self._model)
-        node.op_type, node.domain = op_type, DOMAIN
-        node.resize_inputs(len(inputs))
-        for index, value in enumerate(inputs):
-            node.replace_input_with(index, value)
-        node.attributes.clear()
-        for name, number in (attributes or {}).items():
-            node.attributes[name] = ir.AttrInt64(name, number)
+        become(node, op_type, inputs, attributes, DOMAIN)
         node.metadata_props[MARK] = self._method
         if bias is not None:
             output = node.outputs[0]

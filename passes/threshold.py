@@ -17,9 +17,11 @@ from onnxcomp.passes._dense import Dense
 from onnxcomp.passes._site_rewrite import Rewriter
 from onnxcomp.passes._site_thresholds import Calibration, allocate
 from onnxcomp.passes._site_weights import Storage
+from onnxcomp.passes._site_worth import slower
 from onnxcomp.passes._sites import Method, Site, find_sites
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied, refused
 from onnxcomp.select import Select
+from onnxcomp.target import Array
 
 Share = Annotated[float, Ge(0.0), Lt(1.0)]
 
@@ -59,6 +61,8 @@ class Threshold(Pass):
         rows: Tokens sampled to measure errors on.
         weights: `int8` and `int4` store the weights of these products in the integer formats of the ops. With `keep`,
             float weights stay, and products whose weights are quantized otherwise only get a mask before them.
+        only_if_faster: Leaves products alone, for `weight_only` to quantize, where the target was measured to compute
+            one token faster with a dense product of weights of the same type.
     """
 
     name: ClassVar[str] = "threshold"
@@ -75,6 +79,7 @@ class Threshold(Pass):
     max_error: Annotated[float, Gt(0.0), Le(1.0)] | None = None
     rows: Annotated[int, Ge(16), Le(1 << 16)] = 256
     weights: Storage = "keep"
+    only_if_faster: bool = True
 
     @override
     def requires(self, model: ir.Model, context: Context) -> None:
@@ -100,19 +105,29 @@ class Threshold(Pass):
         if not wanted:
             return edits
         rewriter = Rewriter(model, self.method, self.weights)
+        found: dict[Site, tuple[float, Array | None]]
         if self.method == "topk" and self.allocate == "uniform":
-            found = {site: (share, self._keep(rewriter, site, share)) for site, share in wanted.items()}
+            found = {site: (share, None) for site, share in wanted.items()}
         else:
-            found = self._drop(model, wanted, rewriter, context)
-        for site, (share, what) in found.items():
+            found = self._thresholds(model, wanted, context)
+        shares = {}
+        for site, (share, value) in found.items():
+            if self.only_if_faster and (reason := slower(site, share, self.weights, context.capabilities)):
+                edits.append(refused(site.node, f"{reason}; set only_if_faster = false to drop them all the same"))
+                continue
+            shares[site] = share
+            if value is None:
+                what = rewriter.keep_largest(site, max(1, round((1.0 - share) * site.dense.inputs)))
+            else:
+                what = rewriter.drop(site, value, share)
             edits.append(applied(site.node, f"{what}: {self.method}, {share:.1%} of its values dropped"))
         IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
-        return [*edits, _summary({site: share for site, (share, _) in found.items()}, dense)]
+        return [*edits, _summary(shares, dense)]
 
-    def _drop(
-        self, model: ir.Model, wanted: dict[Site, float], rewriter: Rewriter, context: Context
-    ) -> dict[Site, tuple[float, str]]:
-        """Calibrates and rewrites; sparsity on calibration data, and what was written, for each site."""
+    def _thresholds(
+        self, model: ir.Model, wanted: dict[Site, float], context: Context
+    ) -> dict[Site, tuple[float, Array | None]]:
+        """Sparsity on calibration data and threshold of each site; no threshold for those that keep a number."""
         sites = list(wanted)
         data = Calibration(model, sites, context)
         data.observe(self.rows if self.allocate == "greedy" or self.cett is not None else 0)
@@ -120,7 +135,7 @@ class Threshold(Pass):
             assert not isinstance(self.sparsity, dict)
             wanted = allocate(sites, {s: data.errors(s) for s in sites}, self.sparsity, self.max_error)
         if self.method == "topk":
-            return {site: (share, self._keep(rewriter, site, share)) for site, share in wanted.items()}
+            return {site: (share, None) for site, share in wanted.items()}
         thresholds = {}
         for site in sites:
             if self.value is not None:
@@ -129,10 +144,7 @@ class Threshold(Pass):
                 thresholds[site] = data.tail(site, self.cett)
             else:
                 thresholds[site] = data.threshold(site, wanted[site])
-        return {site: (t.sparsity, rewriter.drop(site, t.value)) for site, t in thresholds.items()}
-
-    def _keep(self, rewriter: Rewriter, site: Site, share: float) -> str:
-        return rewriter.keep_largest(site, max(1, round((1.0 - share) * site.dense.inputs)))
+        return {site: (t.sparsity, t.value) for site, t in thresholds.items()}
 
     def _share(self, site: Site) -> float | None:
         if not isinstance(self.sparsity, dict):

@@ -14,6 +14,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 
+@pytest.fixture(autouse=True)
+def _no_break_even_of_this_machine(monkeypatch, tmp_path_factory):
+    """What `calibrate-target` kept on the developer's machine must not decide what tests see."""
+    from onnxcomp.targets.ort import break_even
+
+    monkeypatch.setattr(break_even, "cache_path", lambda _: tmp_path_factory.getbasetemp() / "break_even.json")
+
+
 def _mlp(batch: int | str = "batch", *, hidden: int = 32, opset: int = 17, seed: int = 0) -> onnx.ModelProto:
     """Two Gemm with a Relu between, 8 inputs and 4 classes."""
     rng = np.random.default_rng(seed)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from examples.sparse_gemv import models
 from onnxcomp import native
+from onnxcomp.targets.ort import trials as models
+from onnxcomp.targets.ort.break_even_trials import clock
 from onnxcomp.targets.ort.runtime import make_session, session_options
 
 MATMULS = ("4096x4096", "4096x11008", "11008x4096", "1536x576", "576x1536")
@@ -36,11 +36,6 @@ class Case:
     copies: int
     zeros: float | None = None
     bytes: float = 0
-
-
-def clock(threads: int) -> float:
-    """Seconds: of this thread on a processor if it does all the work."""
-    return time.thread_time() if threads == 1 else time.perf_counter()
 
 
 def read_bandwidth(threads: int, size: int = 1 << 28) -> float:

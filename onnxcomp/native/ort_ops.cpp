@@ -22,6 +22,8 @@ ONNXCOMP_NAME(TopKMatMulInt4);
 ONNXCOMP_NAME(GatedMLP);
 ONNXCOMP_NAME(GatedMLPInt8);
 ONNXCOMP_NAME(GatedMLPInt4);
+ONNXCOMP_NAME(KeepAbove);
+ONNXCOMP_NAME(KeepLargest);
 
 const ort::CustomOp kOps[] = {
     describe<SparseMatMul<NamedThresholdMatMul, RowsF32, AboveThreshold>>(),
@@ -33,6 +35,8 @@ const ort::CustomOp kOps[] = {
     describe<GatedMlp<NamedGatedMLP, DotsF32, RowsF32>>(),
     describe<GatedMlp<NamedGatedMLPInt8, DotsInt8, RowsInt8>>(),
     describe<GatedMlp<NamedGatedMLPInt4, DotsInt4, RowsInt4>>(),
+    describe<Keep<NamedKeepAbove, AboveThreshold>>(),
+    describe<Keep<NamedKeepLargest, Largest>>(),
 };
 
 ort::Status* add_ops(const ort::Api* api, ort::CustomOpDomain* domain) {

@@ -197,6 +197,48 @@ class SparseMatMul
   Selection selection_;
 };
 
+// X [..., K], inputs of the selection -> X with zeros in place of what is not selected. In front of dense products it does
+// what the ops above do.
+template <typename Name, typename Selection>
+class Keep : public SparseOp<Keep<Name, Selection>, 1 + Selection::kInputs> {
+ public:
+  static constexpr const char* kName = Name::kName;
+
+  Keep(const ort::Api* api, const ort::KernelInfo* info) : Keep::SparseOp(api), selection_(api, info) {}
+
+  static ort::ElementType input_type(std::size_t) { return ort::ElementType::kFloat; }
+
+  ort::Status* check_attributes() const {
+    const Problem problem = selection_.check_attributes();
+    return problem == nullptr ? nullptr : this->fail(problem);
+  }
+
+  ort::Status* compute(ort::KernelContext* context) const {
+    Tensor in[Keep::kInputs];
+    ONNXCOMP_RETURN_IF_ERROR(this->read(context, in));
+    const Shape& shape = in[0].shape;
+    if (shape.rank == 0) return this->fail("X has to have an axis");
+    const std::size_t k = static_cast<std::size_t>(shape.last()), batch = shape.count(0, shape.rank - 1);
+    Selection selection = selection_;
+    if (const Problem problem = selection.bind(in + 1, k)) return this->fail(problem);
+    float* y = nullptr;
+    ONNXCOMP_RETURN_IF_ERROR(make_output(this->api_, context, shape, k, &y));
+    Scratch scratch(sorted_scratch(k));
+    if (!scratch.ok()) return out_of_memory(this->api_);
+    float* values = scratch.take<float>(k);
+    std::uint32_t* rows = scratch.take<std::uint32_t>(k);
+    mask(selection, in[0].template as<float>(), batch, k, values, rows, y);
+    return nullptr;
+  }
+
+  static ort::Status* infer_shape(const ort::Api* api, ort::ShapeInferContext* context) {
+    return infer_product(api, context, 0, 0, 1);
+  }
+
+ private:
+  Selection selection_;
+};
+
 // A [..., F], X [..., K], U [F, K], D [F, N], threshold -> Y [..., N].
 template <typename Name, typename Dots, typename Rows>
 class GatedMlp

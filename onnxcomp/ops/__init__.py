@@ -19,14 +19,17 @@ from types import MappingProxyType
 from onnxcomp.ops._gated_mlp import gated_mlp, gated_mlp_op
 from onnxcomp.ops._matmul import threshold_matmul, threshold_op, topk_matmul, topk_op
 from onnxcomp.ops._op import DOMAIN, MIN_OPSET, VERSION, PortableOp
-from onnxcomp.ops._weights import FORMATS, GROUP
+from onnxcomp.ops._weights import FORMATS, GROUP, Format
 
 __all__ = [
     "DOMAIN",
+    "FORMATS",
     "GROUP",
     "MIN_OPSET",
     "OPS",
+    "SPARSITY",
     "VERSION",
+    "Format",
     "PortableOp",
     "gated_mlp",
     "threshold_matmul",
@@ -37,3 +40,6 @@ OPS: Mapping[str, PortableOp] = MappingProxyType(
     {op.name: op for make in (threshold_op, topk_op, gated_mlp_op) for op in map(make, FORMATS)}
 )
 """Name to portable op."""
+
+SPARSITY = "onnxcomp.sparsity"
+"""Metadata of a node: the share of its inputs that is dropped, 0 to 1, as calibration saw it."""

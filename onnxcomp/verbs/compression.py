@@ -32,6 +32,7 @@ from onnxcomp.verbs.resolve import (
     compiled,
     file_bytes,
     load_model,
+    lowered,
     make_target,
     pipeline_of,
     split_data,
@@ -122,7 +123,8 @@ def compress(
         if progress:
             progress("compile", 0, None)
         baseline = compiled(original, chosen, work / "baseline")
-        artifact = compiled(rewritten, chosen, work / "artifact")
+        executable, lowering = lowered(rewritten, chosen)
+        artifact = chosen.compile(executable, work / "artifact")
         sessions = {
             "before": chosen.load(baseline, threads=threads),
             "after": chosen.load(artifact, threads=threads),
@@ -149,7 +151,7 @@ def compress(
             environment={**environment(), "cpu features": ", ".join(capabilities.features)},
             before=before,
             after=after,
-            passes=passes,
+            passes=(*passes, *(step for step in lowering if step.edits)),
             fidelity=fidelity,
             ratio=ratio(latency["after"], latency["before"]) if measure else None,
             calibration="" if calibration is None else calibration.name,

@@ -6,10 +6,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from onnxcomp.break_even import BreakEven
 from onnxcomp.compare import Fidelity, Metric, compare_layers
 from onnxcomp.compare import compare as compare_outputs
 from onnxcomp.data import Source, load_data
+from onnxcomp.errors import GraphError
 from onnxcomp.model import input_specs
+from onnxcomp.passes._dense import find_dense
 from onnxcomp.profile import ratio
 from onnxcomp.rewrite import Progress
 from onnxcomp.verbs.figures import LAYER_SAMPLES, check_drop, time_sessions
@@ -118,3 +121,34 @@ def compare(
     if not layers:
         return fidelity
     return replace(fidelity, layers=compare_layers(a, b, reference_runner(), feeds.take(LAYER_SAMPLES)))
+
+
+def calibrate_target(
+    target: str = "ort-cpu", model: ModelLike | None = None, *, threads: int = 1, progress: Progress | None = None
+) -> tuple[BreakEven, ...]:
+    """Measures on this machine from which sparsity on the target's sparse kernels beat its dense ones.
+
+    The result is kept, and decides from then on which products `threshold` makes sparse and how they are compiled.
+
+    Args:
+        target: Name of the target.
+        model: Model whose products are measured; by default products of common shapes.
+        threads: Threads a run.
+        progress: Told about every case.
+
+    Raises:
+        OnnxcompError: If the target has no sparse kernels, or the model no product that fits them.
+    """
+    chosen = make_target(target)
+    shapes: tuple[tuple[int, int], ...] = ()
+    if model is not None:
+        dense, _ = find_dense(load_model(model, None))
+        shapes = tuple(dict.fromkeys((d.inputs, d.outputs) for d in dense if d.inputs % 32 == d.outputs % 32 == 0))
+        if not shapes:
+            raise GraphError("the model has no product with a constant matrix whose sides are multiples of 32")
+
+    def told(done: int, total: int) -> None:
+        if progress:
+            progress("measure", done, total)
+
+    return tuple(chosen.calibrate(shapes, threads=threads, progress=told))

@@ -17,7 +17,7 @@ from onnxcomp.errors import DataError, OnnxcompError, RecipeError
 from onnxcomp.model import fix_shapes, initializers, input_specs, load, model_size
 from onnxcomp.recipe import Recipe, load_recipe
 from onnxcomp.registry import load_target
-from onnxcomp.rewrite import Check, Pass, Pipeline
+from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline
 from onnxcomp.target import Artifact, Feed, Target
 
 if TYPE_CHECKING:
@@ -122,16 +122,16 @@ def node_microseconds(model: ir.Model, target: Target, feed: Feed, threads: int 
 
 def compiled(model: ir.Model, target: Target, folder: Path) -> Artifact:
     """Lowers a model, which stays as it is, and compiles it into `folder`."""
-    return target.compile(_lower(model, target), folder)
+    return target.compile(lowered(model, target)[0], folder)
 
 
-def _lower(model: ir.Model, target: Target) -> ir.Model:
+def lowered(model: ir.Model, target: Target) -> tuple[ir.Model, tuple[PassReport, ...]]:
+    """A copy of a model in the form that a target executes best, and what passes did to bring it there."""
     steps = target.lowering()
     if not steps:
-        return model
-    lowered = model.clone()
-    Pipeline(passes=steps, capabilities=target.capabilities()).run(lowered)
-    return lowered
+        return model, ()
+    changed = model.clone()
+    return changed, Pipeline(passes=steps, capabilities=target.capabilities()).run(changed)
 
 
 def artifact_of(model: ModelLike, target: Target, folder: Path, shapes: Shapes | None) -> Artifact:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,6 +15,13 @@ from onnxcomp.model import ModelSize
 from onnxcomp.profile import Latency, Ratio
 from onnxcomp.rewrite import PassReport
 from onnxcomp.target import Audit, NodeTime
+
+_SAME_DB = 0.5
+"""What is further away by no more than this is as close."""
+_CLOSE_DB = 10.0
+"""A runtime that takes an output further from what the file tells does more than round it."""
+_NEAR_DB = 3.0
+"""An original that is further from its reference has too little in common with it to be judged by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +83,21 @@ class Legalization:
     """What was done to a quantized model, and what the target makes of it.
 
     Attributes:
-        path: Where the model was written; None for a dry run, and when its outputs are not those of the original.
+        path: Where the model was written; None for a dry run, and when it is not accepted.
         model: The rewritten model, as read back from the file if there is one.
         target: Name of the target.
         threads: Threads a run.
         passes: What each pass did and refused.
         before: What the compute nodes of the original became on the target.
         after: Likewise, of the rewritten model.
-        fidelity: Of the rewritten model against the original, both as executed; without layers.
-        min_sqnr: Lowest SQNR in dB with which the model is written.
+        fidelity: Of the rewritten model as executed, against the original as its file tells it; without layers.
+        runtime: Of the original as executed, against the same: what the runtime's optimizer changes.
+        min_sqnr: SQNR in dB from which on an output is taken for that of the original.
+        reference: What the original stands for, in words: the reference given, or the original without rounding; empty
+            if there was no need of it, or it cannot be told.
+        to_reference: Against that, the original as its file tells it, `before`, and the rewritten model, `after`.
+        exact: Whether every integer of the original was kept.
+        refused_sqnr: Of the rewrite that keeps less, to the original, in dB, where it was tried and not accepted.
         latency: `before` and `after`, measured interleaved; empty if not measured.
         ratio: Time of the rewritten model over that of the original; None if not measured.
     """
@@ -96,14 +110,30 @@ class Legalization:
     before: Audit
     after: Audit
     fidelity: Fidelity
+    runtime: Fidelity
     min_sqnr: float
-    latency: Mapping[str, Latency]
-    ratio: Ratio | None
+    reference: str = ""
+    to_reference: Mapping[str, Fidelity] = field(default_factory=dict)
+    exact: bool = False
+    refused_sqnr: float | None = None
+    latency: Mapping[str, Latency] = field(default_factory=dict)
+    ratio: Ratio | None = None
 
     @property
     def accepted(self) -> bool:
-        """Whether the outputs are those of the original, up to rounding."""
-        return self.fidelity.worst_sqnr >= self.min_sqnr
+        """Whether the rewritten model may take the place of the original.
+
+        Every output has to be that of the original up to rounding, or as close to it as the original is when executed,
+        or as close to the reference as the original.
+        """
+        compared = [(self.runtime, self.fidelity, _CLOSE_DB)]
+        if self.to_reference:
+            compared.append((self.to_reference["before"], self.to_reference["after"], _NEAR_DB))
+        kept = {o.name for o in self.fidelity.outputs if o.sqnr >= self.min_sqnr}
+        for before, after, least in compared:
+            limits = {o.name: o.sqnr - _SAME_DB for o in before.outputs if o.sqnr >= least}
+            kept.update(o.name for o in after.outputs if o.sqnr >= limits.get(o.name, math.inf))
+        return all(o.name in kept for o in self.fidelity.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)

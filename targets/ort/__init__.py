@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxcomp import native
+from onnxcomp.break_even import BreakEven
+from onnxcomp.errors import UnsupportedError
 from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
+from onnxcomp.targets.ort.break_even import store
+from onnxcomp.targets.ort.break_even_trials import SHAPES, measure
 from onnxcomp.targets.ort.capabilities import capabilities
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
 from onnxcomp.targets.ort.lowering import NativeOps
-from onnxcomp.targets.ort.manifest import MODEL
+from onnxcomp.targets.ort.manifest import MANY, MODEL
 from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
+from onnxcomp.targets.ort.rows import Rows, RowsSession
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession, reference_runner
 
@@ -54,12 +60,39 @@ class OrtCpu(Target):
 
     def load(self, artifact: Artifact, *, threads: int = 1) -> Session:
         """Loads an artifact for running, with `threads` threads a run; 0 lets onnxruntime choose."""
-        options = session_options(threads=threads, domains=artifact.manifest["opsets"])
-        return OrtSession(make_session(artifact.path / MODEL, options), states(artifact))
+
+        def session(name: str) -> OrtSession:
+            options = session_options(threads=threads, domains=artifact.manifest["opsets"])
+            return OrtSession(make_session(artifact.path / name, options), states(artifact))
+
+        rows = artifact.manifest["rows"]
+        one = session(MODEL)
+        return one if rows is None else RowsSession(one, lambda: session(MANY), Rows.model_validate(rows))
 
     def node_times(self, artifact: Artifact, feed: Feed, *, threads: int = 1, repeat: int = 10) -> Sequence[NodeTime]:
         """Measures the time of every executed node, mean over `repeat` runs, in execution order."""
         return node_times(artifact, feed, threads=threads, repeat=repeat)
+
+    def calibrate(
+        self,
+        shapes: Sequence[tuple[int, int]] = (),
+        *,
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sequence[BreakEven]:
+        """Measures from which sparsity on the native kernels are faster than onnxruntime's dense ops of like accuracy.
+
+        Takes about a minute for the common shapes. Results are kept in the user's cache folder.
+
+        Raises:
+            UnsupportedError: If onnxcomp was installed without its native library.
+            TargetError: If the result cannot be written.
+        """
+        if not native.available():
+            raise UnsupportedError("onnxcomp was installed without its native library; there are no kernels to measure")
+        found = tuple(measure(shapes or SHAPES, threads=threads, progress=progress))
+        store(found, self.capabilities().features)
+        return found
 
     def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
         """Peak resident memory in bytes of a process that only loads the artifact and runs it."""

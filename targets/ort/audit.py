@@ -16,6 +16,8 @@ import onnx_ir as ir
 
 from onnxcomp.macs import count_macs
 from onnxcomp.target import Audit, AuditRow
+from onnxcomp.targets.ort.dense_forms import MASKS
+from onnxcomp.targets.ort.lowering import LOWERED
 from onnxcomp.targets.ort.reasons import COMPUTE, source, why_float
 
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -56,7 +58,7 @@ def audit(model: ir.Model, optimized: onnx.ModelProto) -> Audit:
 
 def _is_compute(node: ir.Node) -> bool:
     known = node.op_type in COMPUTE or node.op_type in _EXPLICIT or node.op_type in _RECURRENT
-    return known or node.domain.startswith("onnxcomp")
+    return known or (node.domain.startswith("onnxcomp") and node.op_type not in MASKS)
 
 
 def _row(node: ir.Node, found: onnx.NodeProto | None) -> AuditRow:
@@ -64,7 +66,7 @@ def _row(node: ir.Node, found: onnx.NodeProto | None) -> AuditRow:
         node.op_type in COMPUTE and all(source(v, "DequantizeLinear") is not None for v in node.inputs[:2])
     )
     integer = found is not None and _on_integers(found)
-    reason = ""
+    reason = node.metadata_props.get(LOWERED, "")
     if quantized and not integer:
         reason = (
             why_float(node, found.op_type)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper
 
 from onnxcomp.target import Capabilities, Placement
+from onnxcomp.targets.ort import break_even
 from onnxcomp.targets.ort.runtime import onnxruntime
 
 # Sigmoid and LeakyRelu need their own parameters, too. Softmax has an integer kernel as well but is left out: scores
@@ -51,6 +52,7 @@ _FEATURES = (
 def capabilities(target: str) -> Capabilities:
     """Capabilities of onnxruntime on this CPU."""
     machine, flags = platform.machine(), cpu_flags()
+    features = tuple(f for f in _FEATURES if f in flags)
     return Capabilities(
         target=target,
         max_opset=max_opset(),
@@ -58,8 +60,9 @@ def capabilities(target: str) -> Capabilities:
         weight_dtypes=(ir.DataType.INT8,),
         placements=PLACEMENTS,
         reduce_range=reduce_range(machine, flags),
-        features=tuple(f for f in _FEATURES if f in flags),
+        features=features,
         contrib_ops=_CONTRIB_OPS,
+        break_even=break_even.table(features),
     )
 
 

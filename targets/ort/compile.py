@@ -15,13 +15,16 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnxcomp.errors import CompileError, GraphError, TargetError
-from onnxcomp.model import infer_shapes, name_nodes, save
-from onnxcomp.target import Artifact, Audit, Capabilities
+from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, load, name_nodes, save
+from onnxcomp.target import Artifact, Capabilities
 from onnxcomp.targets.ort.audit import audit
 from onnxcomp.targets.ort.feeds import read_state
 from onnxcomp.targets.ort.manifest import (
     DATA,
+    FILES,
     MANIFEST,
+    MANY,
+    MANY_DATA,
     MODEL,
     Manifest,
     check_files,
@@ -30,6 +33,7 @@ from onnxcomp.targets.ort.manifest import (
     versions,
     write_manifest,
 )  # fmt: skip
+from onnxcomp.targets.ort.rows import find_rows, to_many_rows
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
@@ -102,9 +106,14 @@ def _prepare(model: ir.Model) -> ir.Model:
 def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilities) -> Manifest:
     try:
         save(model, folder / MODEL)  # the weights, wherever they lie now, go along
+        optimized, session = _optimized(model, folder / MODEL, scratch)
+        rows = find_rows(model)
+        if rows is not None and (session.state or not _save_both(model, folder, capabilities)):
+            rows = None
     except (GraphError, ValueError) as error:
         raise CompileError(str(error)) from error
-    session, found = _audit(model, folder / MODEL, scratch)
+    infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
+    found = audit(model, optimized)
     return write_manifest(
         folder,
         found,
@@ -114,11 +123,12 @@ def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilit
         inputs=[tensor_entry(s) for s in session.inputs],
         outputs=[tensor_entry(s) for s in session.outputs],
         state=[s.model_dump() for s in session.state],
+        rows=rows.model_dump() if rows is not None else None,
     )
 
 
-def _audit(model: ir.Model, path: Path, scratch: Path) -> tuple[OrtSession, Audit]:
-    """Loads the model as it will be run and reads the optimised graph back."""
+def _optimized(model: ir.Model, path: Path, scratch: Path) -> tuple[onnx.ModelProto, OrtSession]:
+    """Loads the model as it will be run and reads the optimised graph back, without weights."""
     optimized = scratch / "optimized.onnx"
     options = session_options(threads=1, domains=model.opset_imports)
     options.optimized_model_filepath = str(optimized)
@@ -130,8 +140,26 @@ def _audit(model: ir.Model, path: Path, scratch: Path) -> tuple[OrtSession, Audi
     except GraphError as error:
         raise CompileError(str(error)) from error
     session = OrtSession(make_session(path, options), state)
-    infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
-    return session, audit(model, onnx.load(optimized, load_external_data=False))
+    return onnx.load(optimized, load_external_data=False), session
+
+
+def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities) -> bool:
+    """Saves the model with one for several rows beside it, which shares weights with it, if that is another one."""
+    if not to_many_rows(model.clone(), capabilities.break_even):
+        return False
+    for name in (MODEL, DATA):
+        (folder / name).unlink(missing_ok=True)
+    save(model, folder / MODEL, external=True)
+    many = load(folder / MODEL)  # whose weights lie in the file now, so that both read them there
+    to_many_rows(many, capabilities.break_even)
+    own = [v for v in many.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
+    tensors = [t for v in own if (t := v.const_value) is not None]
+    if sum(t.nbytes for t in tensors) > EXTERNAL_THRESHOLD:
+        stored = ir.external_data.convert_tensors_to_external(tensors, folder, MANY_DATA)
+        for value, tensor in zip(own, stored, strict=True):
+            value.const_value = tensor
+    ir.save(many, folder / MANY)
+    return True
 
 
 def _check_place(out: Path) -> None:
@@ -144,7 +172,7 @@ def _check_place(out: Path) -> None:
     names = {entry.name for entry in out.iterdir()}
     if not names:
         return
-    if MANIFEST not in names or names - {MANIFEST, MODEL, DATA}:
+    if MANIFEST not in names or names - {MANIFEST, *FILES}:
         raise CompileError(
             f"{out} is not empty and not an artifact of onnxcomp, so it is not replaced; give a new or empty folder"
         )

@@ -14,12 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxcomp.errors import TargetError
 from onnxcomp.model import file_hash
-from onnxcomp.target import MANIFEST_VERSION, Audit, AuditRow, TensorSpec
+from onnxcomp.target import MANIFEST_VERSION, Artifact, Audit, AuditRow, Feed, TensorSpec
 from onnxcomp.targets.ort.feeds import StateSpec
+from onnxcomp.targets.ort.rows import Rows
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+MANY = "many.onnx"
+"""The model for feeds of several rows, where that is another one; it shares weights in `DATA`."""
+MANY_DATA = "many.onnx.data"
+FILES = (MODEL, DATA, MANY, MANY_DATA)
 
 _MAX_BYTES = 64 << 20
 
@@ -77,6 +82,7 @@ class Manifest(_Strict):
         state: Streaming state.
         executed_ops: Op type to number of nodes in the executable.
         audit: What each compute node became.
+        rows: Tells feeds for `MANY` from those for `MODEL`, if there are both.
     """
 
     manifest_version: Literal[1]
@@ -90,6 +96,7 @@ class Manifest(_Strict):
     state: list[StateSpec]
     executed_ops: dict[str, int]
     audit: list[RowEntry]
+    rows: Rows | None = None
 
     def to_audit(self) -> Audit:
         """The audit as the core knows it."""
@@ -131,7 +138,7 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of the model files in `folder`."""
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
-        for name in (MODEL, DATA)
+        for name in FILES
         if (folder / name).is_file()
     }
 
@@ -189,17 +196,26 @@ def _check_head(path: Path, data: object, target: str) -> None:
         raise TargetError(f"{path} was compiled for target {data.get('target')!r}, not for {target!r}")
 
 
+def model_file(artifact: Artifact, feed: Feed) -> Path:
+    """The model of an artifact that runs a feed."""
+    rows = artifact.manifest["rows"]
+    many = rows is not None and Rows.model_validate(rows).count(feed) > 1
+    return artifact.path / (MANY if many else MODEL)
+
+
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Compares the model files with the manifest.
 
     Raises:
         TargetError: If one is missing, superfluous, or was changed.
     """
-    if MODEL not in manifest.files or set(manifest.files) - {MODEL, DATA}:
+    if MODEL not in manifest.files or set(manifest.files) - set(FILES):
         raise TargetError(
             f"{folder / MANIFEST} is not valid: files are {sorted(manifest.files)}; compile the model again"
         )
-    for name in (MODEL, DATA):
+    if (manifest.rows is not None) != (MANY in manifest.files):
+        raise TargetError(f"{folder / MANIFEST} is not valid: rows need {MANY}, and it them; compile the model again")
+    for name in FILES:
         path, entry = folder / name, manifest.files.get(name)
         if entry is None:
             continue

@@ -18,7 +18,7 @@ from onnxcomp.errors import DeviceError, RecipeError
 from onnxcomp.target import Artifact, Feed, NodeTime
 from onnxcomp.targets.ort import memory
 from onnxcomp.targets.ort.feeds import StateSpec, check_feed
-from onnxcomp.targets.ort.manifest import MODEL, input_specs
+from onnxcomp.targets.ort.manifest import input_specs, model_file
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
@@ -44,7 +44,7 @@ def node_times(artifact: Artifact, feed: Feed, *, threads: int, repeat: int) -> 
         options = session_options(threads=threads, domains=artifact.manifest["opsets"])
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
-        inner = make_session(artifact.path / MODEL, options)
+        inner = make_session(model_file(artifact, feed), options)
         try:
             session = OrtSession(inner, states(artifact))
             for _ in range(_WARMUP + repeat):
@@ -108,7 +108,7 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
         job.write_text(
             json.dumps(
                 {
-                    "model": str((artifact.path / MODEL).resolve()),
+                    "model": str((model_file(artifact, feed)).resolve()),
                     "feed": str(Path(folder, "feed.npz")),
                     "inputs": list(arrays),
                     "library": None if library is None else str(library),

@@ -106,6 +106,11 @@ def reference_runner(
     Raises:
         CalibrationError: If a name is no value of the main graph, or onnxruntime cannot run the model.
     """
+    return probe_session(model, outputs, threads=threads, optimize=optimize).run
+
+
+def probe_session(model: ir.Model, outputs: Sequence[str], *, threads: int = 0, optimize: bool = True) -> OrtSession:
+    """The session behind `reference_runner`, which tells the shapes of the values as well."""
     graph = model.graph
     state = read_state(
         model.metadata_props, [v.name or "" for v in graph.inputs], [v.name or "" for v in graph.outputs]
@@ -124,4 +129,4 @@ def reference_runner(
             inner = make_session(probe.proto.SerializeToString(), options)
     except CompileError as error:
         raise CalibrationError(f"the model cannot be run: {error}") from error
-    return OrtSession(inner, state, returns=wanted, alive=probe.weights).run
+    return OrtSession(inner, state, returns=wanted, alive=probe.weights)

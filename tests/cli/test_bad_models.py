@@ -2,8 +2,10 @@
 
 import os
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 
 @pytest.mark.parametrize("verb", ["inspect", "rewrite", "compress", "compile", "profile", "compare"])
@@ -115,6 +117,55 @@ def test_a_symlink_inside_the_folder_is_fine(cli, external_path):
     data.rename(external_path.parent / "blob")
     data.symlink_to("blob")
     assert cli("inspect", external_path)[0] == 0
+
+
+@pytest.mark.parametrize("dims", [[8, 33], [8, 31], [0], []])
+def test_a_weight_without_the_data_of_its_shape(fails, tmp_path, mlp, dims):
+    model = mlp()
+    model.graph.initializer[0].dims[:] = dims
+    onnx.save(model, tmp_path / "m.onnx")
+    message = fails("rewrite", tmp_path / "m.onnx", "-o", tmp_path / "out.onnx", "--recipe", "cleanup")
+    assert "m.onnx is not a valid ONNX model: tensor 'w1' cannot be read: its shape " in message
+    assert "takes" in message
+    assert "not 1024" in message
+
+
+@pytest.mark.parametrize("in_a_node", [False, True])
+def test_numbers_without_the_count_of_their_shape(fails, tmp_path, mlp, in_a_node):
+    """As protobuf lists of floats, and not as bytes."""
+    model = mlp()
+    tensor = helper.make_tensor("b1", TensorProto.FLOAT, [32], np.ones(32))
+    tensor.dims[:] = [4, 33]
+    if in_a_node:
+        del model.graph.initializer[1]
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["b1"], value=tensor))
+    else:
+        model.graph.initializer[1].CopyFrom(tensor)
+    onnx.save(model, tmp_path / "m.onnx")
+    message = fails("inspect", tmp_path / "m.onnx")
+    assert "m.onnx is not a valid ONNX model: tensor 'b1' cannot be read: cannot reshape" in message
+
+
+def test_tensors_of_every_type_are_read(cli, tmp_path):
+    """Three elements of 4 bits take two bytes, complex numbers two floats, and texts have no size."""
+    kinds = [getattr(TensorProto, name) for name in ("INT4", "BFLOAT16", "BOOL", "COMPLEX64", "FLOAT8E4M3FN", "DOUBLE")]
+    tensors = [helper.make_tensor(f"t{kind}", kind, [3], np.ones(3)) for kind in kinds]
+    raw = [
+        helper.make_tensor("raw4", TensorProto.UINT4, [3], b"\x21\x03", raw=True),
+        numpy_helper.from_array(np.ones(3)),
+    ]
+    raw[1].name = "raw8"
+    texts = helper.make_tensor("texts", TensorProto.STRING, [3], [b"a", b"bc", b""])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "types",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3])],
+        [y],
+        [*tensors, *raw, texts],
+    )
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    assert cli("inspect", tmp_path / "m.onnx")[0] == 0
 
 
 def test_a_model_that_cannot_run(fails, tmp_path, mlp):

@@ -1,12 +1,18 @@
 """The verb `legalize`: what it prints, and when it fails."""
 
 import json
+import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from foreign import TOOLS
 from stubs import ScaleLittle, ScaleMuch, register
 
+from onnxcomp.model import save
 from onnxcomp.target import Audit, AuditRow
 from onnxcomp.verbs import legalization
+from onnxcomp.verbs.closeness import fidelity_to
 
 
 @pytest.fixture
@@ -43,11 +49,13 @@ def test_what_is_printed(cli, tmp_path, model_path, data_path):
         "legalize: 2 applied, 1 refused",
         "before: 1 of 2 linear nodes run on integers on ort-cpu, 25.0% of MACs; 1 are quantized and run in float",
         "after: 2 of 2 linear nodes run on integers on ort-cpu, 100.0% of MACs; 0 are quantized and run in float",
-        f"(32 samples of {data_path})",
+        f"dB to the original (32 samples of {data_path})",
         f"wrote {tmp_path / 'out.onnx'}",
     ):
         assert line in out
     assert out.count("no kernel") == 1
+    assert "optimizer" not in out
+    assert "without rounding" not in out
     assert "after / before" not in out
     assert (tmp_path / "out.onnx").is_file()
 
@@ -60,6 +68,8 @@ def test_json(as_json, tmp_path, model_path, data_path):
     assert [found[k]["integer_mac_share"] for k in ("before", "after")] == [0.25, 1.0]
     assert found["before"]["rows"][1]["reason"] == "no kernel"
     assert (found["accepted"], found["min_sqnr"], found["fidelity"]["samples"]) == (True, 30.0, 4)
+    assert found["runtime"]["outputs"][0]["sqnr"] > 100
+    assert (found["reference"], found["to_reference"], found["exact"], found["refused_sqnr"]) == ("", {}, False, None)
     assert found["ratio"]["rounds"] == 6
     assert [p["name"] for p in found["passes"]] == ["cleanup", "legalize"]
     assert "model" not in found
@@ -87,6 +97,67 @@ def test_outputs_that_differ(cli, tmp_path, model_path, data_path, snapshot, opt
     if options == ["--json"]:
         assert json.loads(out)["accepted"] is False
     assert cli(*arguments, *options, "--min-sqnr", "1")[0] == 0
+
+
+@pytest.fixture
+def other_tool(tmp_path):
+    """A model of another tool, the option that names it, and data."""
+    model, feed = TOOLS["quark"]()
+    save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "images.npz", **feed)
+    return [tmp_path / "model.onnx", "--data", tmp_path / "images.npz", "--min-sqnr", "100"]
+
+
+def test_what_the_original_stands_for(cli, as_json, tmp_path, other_tool):
+    """With the real pass."""
+    code, out, err = cli("legalize", *other_tool, "-o", tmp_path / "out.onnx")
+    assert (code, err) == (0, "")
+    assert re.search(
+        r"outputs: SQNR (3|4)\d\.\d dB before and (3|4)\d\.\d dB after, to the original without rounding", out
+    )
+    found = as_json("legalize", *other_tool, "--dry-run")
+    assert found["reference"] == "the original without rounding"
+    assert list(found["to_reference"]) == ["before", "after"]
+    assert found["accepted"]
+
+
+def test_exact_instead(cli, tmp_path, other_tool):
+    """Another model, for which only the exact rewrite is accepted: with the real pass."""
+    save(TOOLS["qoperator"]()[0], tmp_path / "model.onnx")
+    code, out, err = cli("legalize", *other_tool, "-o", tmp_path / "out.onnx")
+    assert (code, err) == (0, "")
+    assert "every integer was kept, as with --exact: SQNR was 3" in out
+    assert f"wrote {tmp_path / 'out.onnx'}" in out
+
+
+@pytest.mark.usefixtures("little")
+def test_what_the_optimizer_changes(cli, monkeypatch, model_path, data_path):
+    found = []
+
+    def fidelity(*arguments):
+        found.append(fidelity_to(*arguments))
+        output = found[0].outputs[0]
+        return found[0] if len(found) == 1 else replace(found[0], outputs=(replace(output, sqnr=-0.45),))
+
+    monkeypatch.setattr(legalization, "fidelity_to", fidelity)
+    code, out, _ = cli("legalize", model_path, "--dry-run", "--data", data_path)
+    assert code == 0
+    assert "the runtime's optimizer changes this model's outputs: SQNR -0.5 dB on ort-cpu to what the file says" in out
+
+
+@pytest.mark.usefixtures("much")
+def test_a_reference(cli, fails, tmp_path, model_path, data_path):
+    """The model itself, which the rewrite moves away from."""
+    arguments = ["legalize", model_path, "-o", tmp_path / "out.onnx", "--data", data_path, "--reference"]
+    code, out, err = cli(*arguments, model_path)
+    assert code == 3
+    assert re.search(r"SQNR 200\.0 dB before and \d+\.\d dB after, to the reference", out)
+    assert re.fullmatch(
+        r"gate failed: SQNR is \d+\.\d dB, below --min-sqnr 30\.0, and \d+\.\d dB to the reference, "
+        r"where the original has 200\.0 dB; nothing was written\n",
+        err,
+    )
+    assert "none.onnx: no such file" in fails(*arguments, tmp_path / "none.onnx")
 
 
 @pytest.mark.usefixtures("little")

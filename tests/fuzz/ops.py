@@ -161,9 +161,9 @@ def reshape(g: Graph) -> None:
         g.op("Reshape", [x, g.op("Concat", [first, rest], None, axis=0)], target)
         return
     wish = list(target)
-    if g.chance(40):
+    if target and g.chance(40):
         wish[g.draw(len(wish))] = -1
-    if g.chance(30) and target[0] == shape[0]:
+    if shape and target and g.chance(30) and target[0] == shape[0]:
         wish[0] = 0
     g.op("Reshape", [x, g.const(np.array(wish, np.int64))], target)
 

@@ -93,7 +93,18 @@ def test_refused_where_the_up_projection_is_computed():
 
 
 @needs_library
-def test_an_untyped_input_is_refused():
+def test_the_threshold_tells_the_type_of_an_untyped_input():
     model = portable(make_call("ThresholdMatMul", 8, 4))
     model.graph.inputs[0].type = None
+    assert lower(model) == [("applied", "runs in the native library")]
+
+
+@needs_library
+def test_an_input_of_unknown_type_is_refused():
+    model = portable(make_call("ThresholdMatMul", 8, 4))
+    (node,) = model.graph
+    for value in (node.inputs[0], node.inputs[-1]):
+        value.type = None
+    node.resize_inputs(2)
+    node.inputs[1].type = None
     assert "unknown" in lower(model)[0][1]

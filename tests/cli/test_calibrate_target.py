@@ -1,0 +1,42 @@
+"""The verb `calibrate-target`: what it prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from onnxcomp import native
+from onnxcomp.targets.ort import break_even, break_even_trials
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(break_even, "cache_path", lambda _: tmp_path / "table.json")
+    monkeypatch.setattr("onnxcomp.targets.ort.SHAPES", ((64, 96),))
+    monkeypatch.setattr(break_even_trials, "ROWS", (1, 4))
+    monkeypatch.setattr(break_even_trials, "_BYTES", 1e5)
+
+
+def test_table(cli, tmp_path):
+    code, out, err = cli("calibrate-target")
+    assert (code, err) == (0, "")
+    assert "1 row" in out
+    assert "4 rows" in out
+    assert out.count("64x96") == 4
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 8
+
+
+def test_json(as_json):
+    found = as_json("calibrate-target", "--threads", "2")
+    assert {(e["weights"], e["dense"], e["rows"], e["threads"]) for e in found} == {
+        (*kind, rows, 2)
+        for kind in (("fp32", "fp32"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"))
+        for rows in (1, 4)
+    }
+
+
+def test_a_model_without_such_products(fails, model_path):
+    assert "multiples of 32" in fails("calibrate-target", model_path)
