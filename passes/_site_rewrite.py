@@ -16,6 +16,9 @@ from onnxcomp.passes._site_weights import Storage, Weights
 from onnxcomp.passes._sites import MARK, Site
 from onnxcomp.target import Array
 
+# Some tools that write functions out do not know of default values of attributes.
+_WRITTEN = {"one_sided": 0}
+
 
 class Rewriter:
     """Edits one model; what several sites need (a mask, a turned weight) is made once.
@@ -76,7 +79,7 @@ class Rewriter:
         stored = self._weights.of(dense)
         if stored is not None:
             limit = self._limit(dense, source, threshold)
-            return self._become(dense, f"ThresholdMatMul{stored.suffix}", [source, *stored.values, limit])
+            return self._become(dense, f"ThresholdMatMul{stored.suffix}", [source, *stored.values, limit], _WRITTEN)
         dense.node.metadata_props[MARK] = self._method
         if not threshold.any():
             return "the product, whose weight no kernel takes in its format"
@@ -95,7 +98,7 @@ class Rewriter:
             self._own_product(gate)
         limit = self._limit(down, block.activated, threshold)
         inputs = [block.activated, block.up.dense.source, *weights[0].values, *weights[1].values, limit]
-        return self._become(down, f"GatedMLP{weights[0].suffix}", inputs)
+        return self._become(down, f"GatedMLP{weights[0].suffix}", inputs, _WRITTEN)
 
     def _become(
         self, dense: Dense, op_type: str, inputs: Sequence[ir.Value], attributes: dict[str, int] | None = None

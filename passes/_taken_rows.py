@@ -79,7 +79,10 @@ def _move(editor: Editor, gather: ir.Node) -> Edit | None:
 
 
 def _passed(gather: ir.Node, source: ir.Value, axis: int) -> set[ir.Node]:
-    """Ops between which and the Gather nothing reads more than the one position, from the Gather up."""
+    """Ops between which and the Gather nothing reads more than the one position, from the Gather up.
+
+    Their outputs have as many dimensions as what the Gather reads: in one that is broadcast the axis is another.
+    """
     passed: set[ir.Node] = set()
     waiting = [source]
     while waiting:
@@ -89,6 +92,8 @@ def _passed(gather: ir.Node, source: ir.Value, axis: int) -> set[ir.Node]:
             node is None
             or node in passed
             or value is not node.outputs[0]
+            or value.shape is None
+            or len(value.shape) != len(source.shape or ())
             or node.graph is not gather.graph
             or any(output.is_graph_output() or (users(output) and output is not value) for output in node.outputs)
             or any(user is not gather and user not in passed for user in users(value))

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from onnxcomp._onnxscript import FoldConstants, Simplify, hidden
 from onnxcomp.edit import defaults_hidden
-from onnxcomp.model import all_nodes, name_nodes
+from onnxcomp.model import all_nodes, initializers, name_nodes
 from onnxcomp.passes._affine import fold_affine
 from onnxcomp.passes._clips import merge_clips
 from onnxcomp.passes._joint_projections import split_joint_projections
@@ -94,6 +94,7 @@ class Cleanup(Pass):
         edits = [Edit(action="refused", node="", op_type="model", detail=text) for text in simplify.failed]
         for fold in _FOLDS:
             edits += fold(model, self.where)
+        _forget_removed(model)
         IrPassAdapter(
             common_passes.RemoveUnusedNodesPass(),
             common_passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
@@ -101,6 +102,16 @@ class Cleanup(Pass):
             common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         )(model)
         return edits
+
+
+def _forget_removed(model: ir.Model) -> None:
+    """Nodes in the body of a node that is gone still count as readers of what is outside, which keeps that alive."""
+    nodes = list(all_nodes(model))
+    there = set(nodes)
+    for value in (*initializers(model), *model.graph.inputs, *(v for node in nodes for v in node.outputs)):
+        for reader, index in tuple(value.uses()):
+            if reader not in there:
+                reader.replace_input_with(index, None)
 
 
 def _trim_inputs(model: ir.Model) -> None:

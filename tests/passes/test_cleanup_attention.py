@@ -127,3 +127,18 @@ def test_normalized_axis_is_not_cut(run_passes, outputs):
     model = b.output(b.op("Gather", x, b.const(np.array(0)), axis=1)).model()
     run_passes(model, Cleanup())
     assert next(n for n in model.graph if n.op_type == "LayerNormalization").outputs[0].shape[1] == TOKENS
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_axis_is_another_below_a_broadcast(axis, run_passes, outputs):
+    b = Builder()
+    x = b.op("LayerNormalization", b.input("x", [2, TOKENS, WIDTH]), b.floats(WIDTH), name="norm")
+    x = b.op("MatMul", b.op("Tanh", x), b.floats(WIDTH, WIDTH))
+    x = b.op("LayerNormalization", b.op("Add", x, b.floats(3, 1, 1, WIDTH)), b.floats(WIDTH), name="last")
+    model = b.output(b.op("Gather", x, b.const(np.array(1)), axis=axis)).model()
+    feed = {"x": np.random.default_rng(1).normal(size=(2, TOKENS, WIDTH)).astype(np.float32)}
+    (before,) = outputs(model, feed)
+    run_passes(model, Cleanup())
+    (after,) = outputs(model, feed)
+    assert after.shape == before.shape
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)

@@ -242,6 +242,25 @@ def test_saturation_of_a_cast_is_not_forgotten(cleaned):
     assert ops(result) == ["CastLike"]
 
 
+def test_what_only_the_body_of_a_dead_node_reads_is_dead(cleaned):
+    """One body reads what the other reads as well, and the node in front of both."""
+    model = f"""{head()} g (float[2, 3] x, bool c) => (float[2, 3] y)
+        <float[3, 3] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9}}> {{
+            product = MatMul(x, w)
+            dead = If (c) <
+                then_branch = t () => (float[2, 3] p) {{ p = Relu(product) }},
+                else_branch = e () => (float[2, 3] r) {{ inner = If (c) <
+                    then_branch = tt () => (float[2, 3] pp) {{ pp = Abs(product) }},
+                    else_branch = ee () => (float[2, 3] rr) {{ rr = Neg(product) }}>
+                    r = Exp(inner) }}>
+            behind = Sin(dead)
+            y = Tanh(x)
+        }}"""
+    found = cleaned(model, *({"x": data(2, 3), "c": np.array(flag)} for flag in (True, False)))
+    assert ops(found) == ["Tanh"]
+    assert not found.graph.initializer
+
+
 def test_sequences_stay_sequences(cleaned):
     cleaned(
         head(12) + "g (float[6] x, int64[3] k) => (int64 n) { s = SplitToSequence(x, k) n = SequenceLength(s) }",
