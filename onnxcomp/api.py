@@ -19,6 +19,7 @@ from onnxcomp.verbs.results import (
 from onnxcomp.verbs.rewriting import compile, export, rewrite
 from onnxcomp.verbs.sensing import sensitivity
 from onnxcomp.verbs.sparsity import SparsityProfile, sparsity
+from onnxcomp.verbs.sparsity_page import write_sparsity_page
 
 __all__ = [
     "Inspection",
@@ -49,4 +50,5 @@ __all__ = [
     "rewrite",
     "sensitivity",
     "sparsity",
+    "write_sparsity_page",
 ]

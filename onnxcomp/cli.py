@@ -15,45 +15,32 @@ from typing import Annotated
 
 import typer
 
-from onnxcomp import __version__, cli_render
+from onnxcomp import __version__, cli_figures, cli_render
 from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
     Calibrate,
-    CalibrationData,
-    Compared,
     DataSource,
     DryRun,
     EvalData,
     EvalSamples,
     Exact,
-    Feeds,
     Inputs,
     Json,
-    MaxRise,
     Measure,
-    MeasurePerplexity,
     MeasureToo,
     MetricName,
     Model,
-    OneFeed,
     Output,
     OutputFile,
     OutputFolder,
     Rewriting,
     SameSqnr,
-    Samples,
     Seed,
     Selectors,
     SomeSamples,
-    SomeTokens,
-    Stride,
-    TailError,
     TargetName,
-    Threads,
     Timing,
-    Tokens,
     Tolerance,
-    Window,
     grouped,
     selector,
     shapes,
@@ -114,7 +101,7 @@ def rewrite(
     from onnxcomp import api
 
     _need_output(output, dry_run)
-    _warn_of_random(rewriting.data)
+    cli_render.warn_of_random(rewriting.data)
     with working(as_json) as progress:
         result = api.rewrite(
             model, None if dry_run else output, **rewriting.keywords(), progress=progress, notice=_tell
@@ -151,7 +138,7 @@ def legalize(
     _need_output(output, dry_run)
     if data is None:
         typer.echo("warning: no data: the outputs are compared on random inputs; give some with --data", err=True)
-    _warn_of_random(data)
+    cli_render.warn_of_random(data)
     with working(as_json) as progress:
         result = api.legalize(
             model, None if dry_run else output, target=target, exact=exact, calibrate=calibrate, data=data,
@@ -163,103 +150,10 @@ def legalize(
         fail(cli_render.not_legalized(result))
 
 
-@app.command()
-def sensitivity(
-    model: Model,
-    *,
-    data: CalibrationData,
-    target: TargetName = "ort-cpu",
-    samples: Samples = 32,
-    compared: Compared = 8,
-    measure: Measure = True,
-    threads: Threads = 1,
-    seed: Seed = 0,
-    inputs: Inputs = None,
-    as_json: Json = False,
-) -> None:
-    """Quantize each linear op alone, and show what the outputs lose and what time the op saves."""
-    from onnxcomp import api
-
-    _warn_of_random(data)
-    with working(as_json) as progress:
-        result = api.sensitivity(
-            model, data=data, target=target, samples=samples, compared=compared, measure=measure, threads=threads,
-            seed=seed, shapes=shapes(inputs), progress=progress,
-        )  # fmt: skip
-    cli_render.sensitivity(result, as_json)
-
-
-@app.command()
-def sparsity(
-    model: Model,
-    *,
-    data: DataSource = None,
-    tokens: SomeTokens = None,
-    window: Window = 256,
-    samples: Samples = 32,
-    cett: TailError = 0.2,
-    measure: MeasurePerplexity = True,
-    seed: Seed = 0,
-    inputs: Inputs = None,
-    as_json: Json = False,
-) -> None:
-    """Show how sparse activations are, what dropping small ones costs, and which method pays."""
-    from onnxcomp import api
-
-    _warn_of_random(data)
-    with working(as_json) as progress:
-        result = api.sparsity(
-            model, data=data, tokens=tokens, window=window, samples=samples, cett=cett, measure=measure, seed=seed,
-            shapes=shapes(inputs), progress=progress,
-        )  # fmt: skip
-    cli_render.sparsity(result, as_json)
-
-
-@app.command()
-def perplexity(
-    model: Model,
-    *,
-    tokens: Tokens,
-    baseline: Annotated[Path | None, typer.Option("--baseline", help="Compared on the same tokens.")] = None,
-    window: Window = 512,
-    stride: Stride = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=2, help="Most tokens to use.")] = None,
-    target: TargetName = "ort-cpu",
-    threads: Threads = 1,
-    inputs: Inputs = None,
-    max_rise: MaxRise = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the perplexity of a decoder on tokens, as it runs on the target."""
-    from onnxcomp import api
-
-    if max_rise is not None and baseline is None:
-        raise RecipeError("--max-rise is a rise over another model; give it with --baseline")
-    with working(as_json) as progress:
-        result = api.perplexity(
-            model, tokens=tokens, baseline=baseline, window=window, stride=stride, limit=limit, target=target,
-            threads=threads, shapes=shapes(inputs), progress=progress,
-        )  # fmt: skip
-    cli_render.perplexity(result, as_json)
-    if max_rise is not None and result.rise is not None and not result.rise <= max_rise:
-        fail(f"perplexity rises by {result.rise:.2%}, more than --max-rise {max_rise:g}")
-
-
-@app.command("calibrate-target")
-def calibrate_target(
-    model: Annotated[
-        Path | None, typer.Argument(help="Its products are measured, else those of common shapes.")
-    ] = None,
-    target: TargetName = "ort-cpu",
-    threads: Threads = 1,
-    as_json: Json = False,
-) -> None:
-    """Measure from which sparsity on the target's sparse kernels pay on this machine, for later rewrites."""
-    from onnxcomp import api
-
-    with working(as_json) as progress:
-        result = api.calibrate_target(target, model, threads=threads, progress=progress)
-    cli_render.break_even(result, as_json)
+app.command()(cli_figures.sensitivity)
+app.command()(cli_figures.sparsity)
+app.command()(cli_figures.perplexity)
+app.command("calibrate-target")(cli_figures.calibrate_target)
 
 
 @app.command("compile")
@@ -274,57 +168,8 @@ def compile_(
     cli_render.artifact(result, as_json)
 
 
-@app.command()
-@grouped
-def profile(
-    model: Annotated[Path, typer.Argument(help="An .onnx file or the folder of an artifact.")],
-    *,
-    baseline: Annotated[Path | None, typer.Option("--baseline", help="Measured interleaved with the model.")] = None,
-    target: TargetName = "ort-cpu",
-    data: OneFeed = "random",
-    timing: Timing,
-    seed: Seed = 0,
-    inputs: Inputs = None,
-    as_json: Json = False,
-) -> None:
-    """Measure latency, memory and time by node on the target."""
-    from onnxcomp import api
-
-    with working(as_json) as progress:
-        result = api.profile(
-            model, baseline, target=target, data=data, **timing.keywords(), seed=seed, shapes=shapes(inputs),
-            progress=progress,
-        )  # fmt: skip
-    cli_render.profile(result, as_json)
-
-
-@app.command()
-@grouped
-def compare(
-    reference: Annotated[Path, typer.Argument(help="The original.")],
-    other: Annotated[Path, typer.Argument(help="The model in question.")],
-    *,
-    data: Feeds,
-    metric: MetricName = None,
-    target: TargetName = "ort-cpu",
-    samples: SomeSamples = None,
-    threads: Threads = 1,
-    seed: Seed = 0,
-    inputs: Inputs = None,
-    gate: Gate,
-    as_json: Json = False,
-) -> None:
-    """Compare the outputs and layers of two models on data."""
-    from onnxcomp import api
-
-    _warn_of_random(data)
-    with working(as_json) as progress:
-        fidelity = api.compare(
-            reference, other, data=data, metric=metric, target=target, samples=samples, threads=threads, seed=seed,
-            shapes=shapes(inputs), require_drop=gate.max_drop is not None, progress=progress,
-        )  # fmt: skip
-    cli_render.fidelity(fidelity, as_json)
-    gate.hold(fidelity)
+app.command()(cli_figures.profile)
+app.command()(cli_figures.compare)
 
 
 @app.command()
@@ -350,7 +195,7 @@ def compress(
     if gate.given() and rewriting.data is None and eval_data is None:
         raise RecipeError("--max-drop and --min-sqnr need evaluation data; give some with --data or --eval-data")
     if dry_run:
-        _warn_of_random(rewriting.data)
+        cli_render.warn_of_random(rewriting.data)
         with working(as_json) as progress:
             result = api.rewrite(
                 model, None, **rewriting.keywords(), half=eval_data is None, progress=progress, notice=_tell
@@ -407,11 +252,6 @@ def _options(
 def _need_output(output: Path | None, dry_run: bool) -> None:
     if output is None and not dry_run:
         raise RecipeError("give the file to write with -o, or --dry-run")
-
-
-def _warn_of_random(data: str | None) -> None:
-    if data == "random":
-        typer.echo("warning: random data: ranges and fidelity say nothing about real inputs", err=True)
 
 
 def _tell(text: str) -> None:

@@ -83,6 +83,9 @@ TailError = Annotated[
 MeasurePerplexity = Annotated[
     bool, typer.Option("--measure/--no-measure", help="Measure perplexities, if the model predicts tokens.")
 ]
+SparsityPage = Annotated[
+    Path | None, typer.Option("--report", help="HTML page to write besides, with tables and plots.")
+]
 MaxRise = Annotated[
     float | None,
     typer.Option("--max-rise", help="Exit with 3 if perplexity rises by more; 0.01 is 1 %."),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from onnxcomp.profile import Ratio
     from onnxcomp.rewrite import PassReport, Progress
     from onnxcomp.target import Artifact
-    from onnxcomp.verbs.sensing import GroupImpact, Impact, LayerImpact
+    from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact
     from onnxcomp.verbs.sparsity import Density
 
 
@@ -68,6 +69,12 @@ def message(error: BaseException) -> str:
 def notice(text: str) -> str:
     """What is told before long work, without control characters that a name in a model may hold."""
     return _printable(text)
+
+
+def warn_of_random(data: str | None) -> None:
+    """Says so on stderr where figures will be those of random inputs."""
+    if data == "random":
+        typer.echo("warning: random data: ranges and fidelity say nothing about real inputs", err=True)
 
 
 def show(value: Any, as_json: bool) -> None:

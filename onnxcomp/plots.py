@@ -1,12 +1,14 @@
-"""Plots of a report as inline SVG. The only module that imports matplotlib, and only when a plot is drawn.
+"""Plots of a report and of a sparsity profile as inline SVG.
 
-Text and axes are drawn in the colour of the surrounding text and the background is left out, so that one picture suits
-a light and a dark page. The same input gives the same bytes.
+The only module that imports matplotlib, and only when a plot is drawn. Text and axes are drawn in the colour of
+the surrounding text and the background is left out, so that one picture suits a light and a dark page. The same input
+gives the same bytes.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +20,17 @@ from onnxcomp.target import NodeTime
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 BEFORE = "#8f99a6"
 AFTER = "#3f8fd2"
 WORST = "#e08a2b"
 _INK = "#010203"  # stands for the colour of the text around the picture
+_BLEND = "#e08a2b", "#d0567c", "#8f62c0", "#3f8fd2", "#3fb59a"  # from the first to the last, readable on light and dark
 _NAMED = 28  # layers up to which every one is named
+_LEGEND = 6  # blocks that are named beside curves
+_FAR = 1.2  # times the marked perplexity: points beyond would flatten what is around it
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -96,6 +102,129 @@ def node_times(before: Sequence[NodeTime], after: Sequence[NodeTime]) -> str:
         panels[1].set_xlabel("time in µs a run")
 
     return _svg("nodes", draw, 1.5 + 0.21 * (len(before) + len(after)))
+
+
+def densities(series: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """Shares of firing neurons by block: a mean, and a bar from a low to a high percentile.
+
+    Args:
+        series: At most two, by what they are: `(mean, low, high)` of every block in order.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        shifts = [0.0] if len(series) == 1 else [-0.12, 0.12]
+        for (label, found), shift, color in zip(series.items(), shifts, (BEFORE, AFTER), strict=False):
+            means = [mean for mean, _, _ in found]
+            # A mean may lie outside of the percentiles.
+            below, above = [max(0.0, m - low) for m, low, _ in found], [max(0.0, high - m) for m, _, high in found]
+            places = [i + shift for i in range(1, len(found) + 1)]
+            axes.errorbar(places, means, (below, above), fmt="o", ms=4.5, lw=1.4, capsize=2, color=color, label=label)
+        _blocks_along(axes, max(map(len, series.values())))
+        _shares(axes.yaxis)
+        axes.set_ylim(-0.02, 1.04)
+        axes.set_ylabel("neurons that fire")
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _svg("densities", draw, 3.3)
+
+
+def firing_rates(panels: Mapping[str, Sequence[Sequence[int]]], intervals: Sequence[str]) -> str:
+    """Neurons of every block by how often they fire, one stacked bar a block.
+
+    Args:
+        panels: By title: for every block in order, the number of neurons in each interval.
+        intervals: What the intervals are.
+    """
+    colors = _blend(len(intervals))
+
+    def draw(figure: Figure) -> None:
+        for axes, (title, blocks) in zip(
+            figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
+        ):
+            bottoms = [0.0] * len(blocks)
+            for i, color in enumerate(colors):
+                heights = [counts[i] / max(1, sum(counts)) for counts in blocks]
+                axes.bar(range(1, len(blocks) + 1), heights, 0.86, bottoms, color=color)
+                bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+            axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+            _shares(axes.yaxis)
+            axes.set_ylim(0.0, 1.0)
+            axes.set_ylabel("neurons")
+        _blocks_along(axes, len(blocks))
+        figure.legend(axes.containers, intervals, loc="outside upper left", ncols=6, title="fire for", alignment="left")
+
+    return _svg("firing", draw, 0.9 + 2.2 * len(panels))
+
+
+def tail_errors(shares: Sequence[float], curves: Sequence[Sequence[float]], level: float) -> str:
+    """Tail error against the share of dropped neurons: one curve a block, in order, and a level."""
+    colors = _blend(len(curves))
+    named = {round(i * (len(curves) - 1) / max(1, _LEGEND - 1)) for i in range(_LEGEND)}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(level, color=_INK, lw=1.0, ls=(0, (4, 3)), label=f"tail error {level:g}")
+        for i, (curve, color) in enumerate(zip(curves, colors, strict=True)):
+            axes.plot(shares, curve, lw=1.2, color=color, label=f"block {i + 1}" if i in named else None)
+        _shares(axes.xaxis)
+        axes.set_xlim(0.0, 1.0)
+        axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("dropped neurons")
+        axes.set_ylabel("tail error (CETT)")
+        axes.grid()
+        axes.legend(loc="upper left")
+
+    return _svg("tails", draw, 3.6)
+
+
+def perplexities(points: Sequence[tuple[float, float]], limit: float, share: float | None) -> str:
+    """Perplexity against the share of dropped neurons, the first point without any; far ones are cut off.
+
+    Args:
+        points: `(share, perplexity)` by rising share.
+        limit: A perplexity to mark.
+        share: Share at which the limit is met, if that is known.
+    """
+    found = [perplexity for _, perplexity in points if math.isfinite(perplexity)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axhline(limit, color=WORST, lw=1.2, ls=(0, (4, 3)), label="1 % more perplexity")
+        if share is not None:
+            axes.axvline(share, color=WORST, lw=0.8, label=f"{100 * share:.1f} % dropped")
+        axes.plot(*zip(*points, strict=True), "o-", ms=4.5, lw=1.4, color=AFTER)
+        low, high = min(found, default=limit), max(found, default=limit)
+        high = max(limit, min(high, _FAR * limit))
+        room = 0.08 * max(high - low, 1e-6 * limit)
+        axes.set_ylim(low - room, high + room)
+        _shares(axes.xaxis)
+        axes.set_xlabel("dropped neurons, mean over the blocks")
+        axes.set_ylabel("perplexity")
+        axes.grid()
+        axes.legend(loc="upper left")
+
+    return _svg("perplexities", draw, 3.2)
+
+
+def _blocks_along(axes: Axes, count: int) -> None:
+    axes.set_xlim(0.4, max(count, 8) + 0.6)  # few blocks keep to bars of a common width
+    axes.set_xticks(range(1, count + 1, -(-count // 15)))
+    axes.set_xlabel("block, in order")
+
+
+def _shares(axis: Axis) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
+def _blend(count: int) -> list[Any]:
+    """Colours from the first to the last of so many."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return list(LinearSegmentedColormap.from_list("blend", _BLEND)([i / max(1, count - 1) for i in range(count)]))
 
 
 def _bars(axes: Axes, labels: Sequence[str], series: Sequence[tuple[Sequence[float], Any, str]]) -> None:

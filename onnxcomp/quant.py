@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.errors import CalibrationError
-from onnxcomp.stats import Histogram
+from onnxcomp.histogram import Histogram
 from onnxcomp.target import Array
 
 RangeMethod = Literal["minmax", "percentile", "mse"]

@@ -264,12 +264,21 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, render in (("json", to_json), ("md", to_markdown), ("html", to_html)):
-            content = render(report).encode("utf-8", "backslashreplace")
-            with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as temporary:
-                Path(temporary, "report").write_bytes(content)
-                os.replace(Path(temporary, "report"), folder / f"report.{suffix}")
+            write_whole(folder / f"report.{suffix}", render(report))
     except OSError as error:
         raise OnnxcompError(f"cannot write the report to {folder}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    with tempfile.TemporaryDirectory(prefix=".report.", dir=path.parent) as temporary:
+        Path(temporary, "report").write_bytes(content)
+        os.replace(Path(temporary, "report"), path)
 
 
 def plain(value: Any) -> Any:

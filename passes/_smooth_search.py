@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from onnxcomp.histogram import Histogram
 from onnxcomp.quant import activation_grid, observed_range, weight_grid
-from onnxcomp.stats import Histogram
 from onnxcomp.target import Array
 
 Method = Literal["smoothquant", "repq", "best"]

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common_passes
 from typing_extensions import override
 
 from onnxcomp.errors import PassError
+from onnxcomp.histogram import Histogram
 from onnxcomp.model import all_nodes
 from onnxcomp.passes._legalize import (
     bias,
@@ -29,7 +30,7 @@ from onnxcomp.passes._legalize.graph import Work
 from onnxcomp.passes._legalize.ranges import Range
 from onnxcomp.quant import RangeMethod, observed_range
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass
-from onnxcomp.stats import Histogram, Observer
+from onnxcomp.stats import Observer
 
 _BINS = 8192
 _ROUNDS = 12  # what one rule leaves another may take up; graphs seen need three

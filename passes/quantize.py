@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from onnxcomp.edit import Editor, bypass, constant, redirect, replace_output, users
 from onnxcomp.errors import CalibrationError, PassError
+from onnxcomp.histogram import Histogram
 from onnxcomp.passes._bias import shift_bias
 from onnxcomp.passes._channels import channel_axis, input_norms, mean_shift
 from onnxcomp.passes._placement import Linear, Pair, Plan, plan
@@ -22,7 +23,7 @@ from onnxcomp.passes._shield import shield_float_ops
 from onnxcomp.qdq import quantize_activation, quantize_bias, quantize_weight
 from onnxcomp.quant import Grid, RangeMethod, activation_grid, observed_range, weight_grid
 from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied
-from onnxcomp.stats import ChannelMean, Group, Histogram, Observer
+from onnxcomp.stats import ChannelMean, Group, Observer
 from onnxcomp.target import Array, Capabilities
 
 # The mean of a difference between two roundings of the same values settles sooner than the ends of a range do.

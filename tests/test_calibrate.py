@@ -12,10 +12,11 @@ from builder import Builder
 
 from onnxcomp.calibrate import Rows, by_row, collect
 from onnxcomp.errors import CalibrationError
+from onnxcomp.histogram import Histogram
 from onnxcomp.passes.gptq import Gptq
 from onnxcomp.passes.quantize import Quantize
 from onnxcomp.rewrite import Pipeline
-from onnxcomp.stats import ChannelMean, Group, Histogram, Observer, RowSample
+from onnxcomp.stats import ChannelMean, Group, Observer, RowSample
 from onnxcomp.targets.ort import OrtCpu, reference_runner
 
 SAMPLES = np.random.default_rng(3).normal(size=(24, 3, 20, 20)).astype(np.float32)

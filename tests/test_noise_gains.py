@@ -15,9 +15,9 @@ import math
 import numpy as np
 import pytest
 
+from onnxcomp.histogram import Histogram
 from onnxcomp.noise import channel_noise, find_noise, output_error, random_noise, scalar_noise
 from onnxcomp.quant import Grid, activation_grid, observed_range, weight_grid
-from onnxcomp.stats import Histogram
 
 CHANNELS, OUTPUTS, ROWS = 192, 96, 1024
 

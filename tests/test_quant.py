@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.errors import CalibrationError
+from onnxcomp.histogram import Histogram
 from onnxcomp.quant import Grid, activation_grid, observed_range, weight_grid
-from onnxcomp.stats import Histogram
 
 TINY = float(np.finfo(np.float32).tiny)
 

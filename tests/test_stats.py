@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxcomp.errors import CalibrationError
-from onnxcomp.stats import ChannelMean, Group, Histogram, RowSample, channel_rows
+from onnxcomp.histogram import Histogram
+from onnxcomp.stats import ChannelMean, Group, RowSample, channel_rows
 
 # Zeros, denormals, one lonely outlier and plain values: what makes the bins of a histogram grow, each in its way.
 values = st.one_of(

@@ -1,11 +1,12 @@
 """Activation sparsity on SmolLM2-135M: perplexity, weights that are skipped, and time a token, in one table.
 
     python -m examples.llm.sparse smollm2.onnx [--weights fp32 int8 int4] [--methods cats chess teal]
-        [--sparsity 0.25 0.4 0.5 0.6] [--tokens 20480] [--results results.json] [--no-times]
+        [--sparsity 0.25 0.4 0.5 0.6] [--tokens 20480] [--results results.json] [--no-times] [--rows 2 4 8 128]
 
 Thresholds are calibrated on one end of WikiText-2 and judged on the other. With integer weights, products that are not
 made sparse get 8- or 4-bit weights in blocks, as the dense models do. Results are kept in a file, so that a table can
-grow; times are taken at the end, of all its models interleaved: CPU time of one thread, medians.
+grow; times are taken at the end, of all its models interleaved: CPU time of one thread, medians. `--rows` times several
+new tokens at once as well, against the dense model with the same weights.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from onnxcomp import api
 from onnxcomp.passes.threshold import Threshold
 from onnxcomp.passes.weight_only import WeightOnly
 from onnxcomp.rewrite import Pass
+from onnxcomp.targets.ort import OrtCpu
 from onnxcomp.targets.ort.break_even_trials import clock
 
 WINDOW, CONTEXT, CALIBRATION = 512, 256, 8
-METHODS = ("cats", "chess", "chess+norms", "teal", "wina", "topk", "cett")
+METHODS = ("cats", "chess", "teal", "wina", "topk", "cett")
+OPTIONS = ("norms", "greedy")
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class Case:
     def passes(self) -> list[Pass]:
         steps: list[Pass] = []
         if self.method:
+            method, *options = self.method.split("+")
             steps.append(
                 Threshold(
-                    method=self.method.removesuffix("+norms"),
-                    column_norms=self.method.endswith("+norms"),
+                    method=method,
+                    column_norms="norms" in options,
+                    allocate="greedy" if "greedy" in options else "uniform",
                     sparsity=self.sparsity,
                     weights="keep" if self.weights == "fp32" else self.weights,
                     only_if_faster=False,
@@ -65,6 +70,14 @@ class Case:
                 WeightOnly(bits=bits, block_size=64 if bits == 8 else 32, method="rtn" if bits == 8 else "mse")
             )
         return steps
+
+
+def known(method: str) -> str:
+    """A method and its options, as given on the command line."""
+    name, *options = method.split("+")
+    if name not in METHODS or not set(options) <= set(OPTIONS):
+        raise argparse.ArgumentTypeError(f"{method!r}: none of {', '.join(METHODS)} with +{' or +'.join(OPTIONS)}")
+    return method
 
 
 def rewritten(model: Path, case: Case, out: Path) -> float:
@@ -87,7 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.llm.sparse", description=__doc__)
     parser.add_argument("model", type=Path, help="written by examples.llm.model")
     parser.add_argument("--weights", nargs="+", default=["fp32", "int8", "int4"], choices=("fp32", "int8", "int4"))
-    parser.add_argument("--methods", nargs="*", default=["cats", "chess", "teal"], choices=METHODS)
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=["cats", "chess", "teal"],
+        type=known,
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}; with +norms for column norms, with +greedy for TEAL's allocation",
+    )
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--results", type=Path, default=Path("results.json"))
@@ -95,6 +115,7 @@ def main() -> None:
     parser.add_argument("--no-perplexity", action="store_true")
     parser.add_argument("--repeat", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", nargs="*", type=int, default=[], help="numbers of new tokens to time as well")
     options = parser.parse_args()
     tokens = np.array(Tokenizer(GgufFile(smollm2_weights())).encode(wikitext().read_text(encoding="utf-8")))
     results = json.loads(options.results.read_text()) if options.results.is_file() else {}
@@ -119,6 +140,9 @@ def main() -> None:
             for name, milliseconds in times(artifacts, tokens[: CONTEXT + options.repeat], options.threads).items():
                 results[name]["milliseconds"] = milliseconds
             options.results.write_text(json.dumps(results, indent=1))
+        for rows in options.rows:
+            print(f"\n{rows} new tokens: ms, and times the dense model's")
+            several(artifacts, tokens, rows, options)
     table(results)
 
 
@@ -135,6 +159,24 @@ def times(artifacts: dict[str, Path], tokens: np.ndarray, threads: int) -> dict[
             _, caches[name] = model.read([token], caches[name])
             taken[name].append(clock(threads) - start)
     return {name: float(np.median(found[2:])) * 1e3 for name, found in taken.items()}
+
+
+def several(artifacts: dict[str, Path], tokens: np.ndarray, rows: int, options: argparse.Namespace) -> None:
+    """Prints times of several new tokens behind a context of text, the artifacts' sessions choosing their graph."""
+    target = OrtCpu()
+    sessions = {name: target.load(target.open(path), threads=options.threads) for name, path in artifacts.items()}
+    first = BoundModel(next(iter(artifacts.values())) / "model.onnx", threads=options.threads)
+    _, cache = first.read(tokens[:CONTEXT].tolist(), first.empty_cache())
+    feed = {name: value.numpy() for name, value in cache.items()} | {"input_ids": tokens[None, :rows].astype(np.int64)}
+    taken: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(options.repeat):
+        for name, session in sessions.items():
+            start = clock(options.threads)
+            session.run(feed)
+            taken[name].append(clock(options.threads) - start)
+    for name, found in taken.items():
+        ratio = np.median(np.array(found[2:]) / np.array(taken[f"{name.split()[0]} dense"][2:]))
+        print(f"{name:22} {np.median(found[2:]) * 1e3:9.2f} {ratio:8.3f}", flush=True)
 
 
 def table(results: dict[str, dict[str, float]]) -> None:

@@ -94,6 +94,41 @@ void compare(const char* name, Isa isa, const Kept& kept, std::size_t columns, c
 
 constexpr double kExact = 1e-5, kRounded = 0.02;
 
+void fail(const char* name, Isa isa) {
+  std::printf("%s, isa %d\n", name, static_cast<int>(isa));
+  ++g_failures;
+}
+
+// The same inputs survive as in the portable form, and the order by exponent is stable.
+void check_select(Isa isa, std::size_t round) {
+  const std::size_t k = 1 + below(100), step = round % 2;
+  std::vector<float> x = make(k, normal);
+  const std::vector<float> t = make(step == 0 ? 1 : k, normal);
+  for (const float odd : {NAN, INFINITY, -INFINITY, t[0], -0.0f}) x[below(k)] = odd;
+  std::vector<float> values[2] = {std::vector<float>(k), std::vector<float>(k)};
+  std::vector<std::uint32_t> rows[2] = {std::vector<std::uint32_t>(k), std::vector<std::uint32_t>(k)};
+  std::size_t kept[2];
+  for (const int i : {0, 1}) {
+    const KeepAbove keep = i == 0 ? keep_above : choose_keep_above(isa);
+    kept[i] = keep(x.data(), k, t.data(), step, round % 3 == 0, values[i].data(), rows[i].data());
+  }
+  if (kept[0] != kept[1]) return fail("number of inputs above a threshold", isa);
+  for (std::size_t i = 0; i < kept[0]; ++i) {
+    if (rows[0][i] != rows[1][i] || std::memcmp(&values[0][i], &values[1][i], sizeof(float)) != 0) {
+      return fail("inputs above a threshold", isa);
+    }
+  }
+  sort_by_exponent({values[0].data(), rows[0].data(), kept[0]}, values[1].data(), rows[1].data());
+  const auto exponent = [&x](std::uint32_t row) { return magnitude_bits(x[row]) >> 23; };
+  std::stable_sort(rows[0].begin(), rows[0].begin() + static_cast<std::ptrdiff_t>(kept[0]),
+                   [&](std::uint32_t a, std::uint32_t b) { return exponent(a) > exponent(b); });
+  for (std::size_t i = 0; i < kept[0]; ++i) {
+    if (rows[0][i] != rows[1][i] || std::memcmp(&x[rows[1][i]], &values[1][i], sizeof(float)) != 0) {
+      return fail("inputs in order of exponent", isa);
+    }
+  }
+}
+
 void check_f32(Isa isa, std::size_t round) {
   const std::size_t k = 1 + below(150), n = 1 + below(300);
   const Inputs in(k, round);
@@ -221,6 +256,7 @@ int main() {
   constexpr std::size_t kRounds = 40;
   for (const Isa isa : all) {
     for (std::size_t round = 0; round < kRounds; ++round) {
+      check_select(isa, round);
       check_f32(isa, round);
       check_dense(isa);
       check_int8(isa, round);

@@ -35,7 +35,7 @@ ort::Status* sum_rows(const ort::Api* api, const ort::KernelContext* context, co
 struct AboveThreshold {
   static constexpr std::size_t kInputs = 1;
   explicit AboveThreshold(const ort::Api* api, const ort::KernelInfo* info)
-      : one_sided(attribute(api, info, "one_sided", 0) != 0) {}
+      : keep_above(choose_keep_above(choose_isa())), one_sided(attribute(api, info, "one_sided", 0) != 0) {}
 
   Problem check_attributes() const { return nullptr; }
   Problem bind(const Tensor* in, std::size_t k) {
@@ -51,6 +51,7 @@ struct AboveThreshold {
     return keep_above(x, k, threshold, step, one_sided, values, rows);
   }
 
+  KeepAbove keep_above;
   bool one_sided;
   const float* threshold = nullptr;
   std::size_t step = 0;

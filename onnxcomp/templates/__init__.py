@@ -1,4 +1,4 @@
-"""Renders a report with the templates in this folder.
+"""Renders a report, or another page, with the templates in this folder.
 
 Names come from model files and are not trusted: HTML is escaped throughout, and the page forbids itself to load
 anything or to run any script but its own.
@@ -35,13 +35,17 @@ def markdown(report: Report) -> str:
 
 def html(report: Report) -> str:
     """The report as one HTML page."""
+    view = _view(report)
+    return page("report.html.jinja", {**view, "plots": _plots(view)})
+
+
+def page(template: str, view: Mapping[str, Any]) -> str:
+    """One HTML page that loads nothing, by a template of this folder, which gets to know whether plots can be drawn."""
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (_FOLDER / "report.css").read_text(encoding="utf-8")
-    view = _view(report)
-    view |= {"plots": _plots(view), "can_plot": plots.available()}
-    template = _environment(autoescape=True).get_template("report.html.jinja")
-    return template.render(view, script=script, script_hash=f"sha256-{digest}", style=style)
+    shown = {**view, "can_plot": plots.available(), "script": script, "script_hash": f"sha256-{digest}", "style": style}
+    return _environment(autoescape=True).get_template(template).render(shown)
 
 
 def by_macs(rows: Iterable[AuditRow]) -> list[AuditRow]:

@@ -195,3 +195,52 @@ class Sensitivity:
     sqnr: float
     flips: float
     layers: tuple[LayerSensitivity, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerImpact(LayerSensitivity):
+    """What one linear op costs, measured and to first order.
+
+    Attributes:
+        weighted_sqnr: SQNR in dB that the op's own error would give the worst output if it were weighed by the model's
+            Jacobian: far above `sqnr`, the error is one that all elements share, which a bias can take back; far below,
+            errors of neighbouring elements cancel, or what follows cuts them off.
+    """
+
+    weighted_sqnr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupImpact:
+    """What the ops of one block cost and save when they alone are quantized.
+
+    Attributes:
+        name: Scope that their names share.
+        layers: Number of ops.
+        sqnr: As of a layer.
+        flips: As of a layer.
+        weighted_sqnr: Of the sum of their weighted errors, as if these were independent.
+        float_microseconds: Sum over those that were measured in both models; None if none was.
+        integer_microseconds: Likewise.
+    """
+
+    name: str
+    layers: int
+    sqnr: float
+    flips: float
+    weighted_sqnr: float
+    float_microseconds: float | None
+    integer_microseconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impact(Sensitivity):
+    """What quantizing each linear op, or each block, alone does to the outputs of a model.
+
+    Attributes:
+        layers: One row a linear op, the costliest first.
+        groups: One row a block, the costliest first.
+    """
+
+    layers: tuple[LayerImpact, ...]
+    groups: tuple[GroupImpact, ...]

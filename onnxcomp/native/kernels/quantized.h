@@ -15,19 +15,35 @@
 namespace onnxcomp {
 
 inline constexpr std::size_t kChunk = 64;  // inputs that share a step, at most
-inline constexpr std::size_t kFirstBytes = 256;  // of each row of the first chunk, fetched before anything is done
 
 // Reorders the surviving inputs by exponent, stable within one. `values` and `rows` have room for kept.count.
+//
+// In four parts at once: most inputs have one of few exponents, and counters would wait for what was just written.
 inline void sort_by_exponent(const Kept& kept, float* values, std::uint32_t* rows) {
-  std::uint32_t begin[257] = {};
+  constexpr std::size_t kParts = 4;
+  std::uint32_t place[256][kParts] = {};
+  const std::size_t part = kept.count / kParts, rest = kept.count - kParts * part;  // the last part has the rest
   const auto bin = [&kept](std::size_t i) { return 255u - (magnitude_bits(kept.values[i]) >> 23); };
-  for (std::size_t i = 0; i < kept.count; ++i) ++begin[bin(i) + 1];
-  for (std::size_t b = 1; b < 257; ++b) begin[b] += begin[b - 1];
-  for (std::size_t i = 0; i < kept.count; ++i) {
-    const std::uint32_t place = begin[bin(i)]++;
-    values[place] = kept.values[i];
-    rows[place] = kept.rows[i];
+  const auto each = [&](const auto& visit) {
+    for (std::size_t i = 0; i < part; ++i) {
+      for (std::size_t p = 0; p < kParts; ++p) visit(p * part + i, p);
+    }
+    for (std::size_t i = 0; i < rest; ++i) visit(kParts * part + i, kParts - 1);
+  };
+  each([&](std::size_t i, std::size_t p) { ++place[bin(i)][p]; });
+  std::uint32_t begin = 0;
+  for (auto& parts : place) {
+    for (std::uint32_t& entry : parts) {
+      const std::uint32_t count = entry;
+      entry = begin;
+      begin += count;
+    }
   }
+  each([&](std::size_t i, std::size_t p) {
+    const std::uint32_t to = place[bin(i)][p]++;
+    values[to] = kept.values[i];
+    rows[to] = kept.rows[i];
+  });
 }
 
 // Whether the inputs can be rounded to 8 bits: all are finite, and so are their products with scales.
@@ -64,5 +80,53 @@ ONNXCOMP_INLINE std::int32_t nearest(float value) {
   std::memcpy(&bits, &shifted, sizeof(bits));
   return bits - 0x4b400000;
 }
+
+// Fetches the rows of the next chunk while one is computed with. Long rows one after another, since processors fetch ahead
+// by themselves where addresses go on, and have few lines under way at once without that; short ones, of which a page
+// holds several, line by line in the order in which they will be read.
+class RowFetcher {
+ public:
+  RowFetcher(const void* data, std::size_t stride, std::size_t bytes)
+      : data_(static_cast<const char*>(data)), stride_(stride), bytes_(bytes), part_(bytes >= kLong ? kPart : kLine) {}
+
+  // Spreads the fetching of rows over `turns` calls of `fetch`.
+  void aim(const std::uint32_t* rows, std::size_t count, std::size_t turns) {
+    rows_ = rows;
+    count_ = count;
+    left_ = count * ((bytes_ + part_ - 1) / part_);
+    row_ = at_ = 0;
+    each_ = (left_ + turns - 1) / turns;
+  }
+  ONNXCOMP_INLINE void fetch() {
+    const std::size_t now = std::min(each_, left_);
+    left_ -= now;
+    if (part_ == kLine) {
+      for (std::size_t i = 0; i < now; ++i) {
+        ONNXCOMP_PREFETCH(data_ + rows_[row_] * stride_ + at_);
+        if (++row_ == count_) {
+          row_ = 0;
+          at_ += kLine;
+        }
+      }
+      return;
+    }
+    for (std::size_t i = 0; i < now; ++i) {
+      const char* p = data_ + rows_[row_] * stride_ + at_;
+      for (std::size_t line = 0; line < kPart; line += kLine) ONNXCOMP_PREFETCH(p + line);
+      at_ += kPart;
+      if (at_ >= bytes_) {
+        at_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kLine = 64, kPart = 4 * kLine, kLong = 1024;  // bytes; kPart is what a step reads
+  const char* data_;
+  std::size_t stride_, bytes_, part_;
+  const std::uint32_t* rows_ = nullptr;
+  std::size_t count_ = 0, left_ = 0, row_ = 0, at_ = 0, each_ = 0;
+};
 
 }  // namespace onnxcomp

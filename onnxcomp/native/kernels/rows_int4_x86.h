@@ -82,11 +82,15 @@ inline void rounded_avx2(const Weight<Scale>& w, const Kept& kept, float* y, std
   };
   Coefficients c;
   std::memset(y, 0, groups * kGroup * sizeof(float));
-  for (std::size_t begin = 0, end; begin < kept.count; begin = end) {
-    end = chunk_end(kept, begin);
-    const std::size_t count = end - begin;
+  RowFetcher fetcher(w.data, w.stride, groups * (kGroup / 2));
+  std::size_t begin = 0, end = kept.count == 0 ? 0 : chunk_end(kept, 0);
+  fetcher.aim(kept.rows, end, 1);
+  fetcher.fetch();
+  while (begin < end) {
+    const std::size_t count = end - begin, next_end = end < kept.count ? chunk_end(kept, end) : end;
     const std::uint32_t* rows = kept.rows + begin;
     coefficients(w, {kept.values + begin, rows, count}, groups, &c);
+    fetcher.aim(kept.rows + end, next_end - end, (groups + 3) / 4 * ((count + 3) / 4));
     for (std::size_t g = 0; g < groups; g += 2) {
       const bool pair = g + 1 < groups;
       const std::uint8_t* data = w.data + g * (kGroup / 2);
@@ -99,11 +103,7 @@ inline void rounded_avx2(const Weight<Scale>& w, const Kept& kept, float* y, std
           row[u] = pair ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
                         : _mm256_zextsi128_si256(_mm_loadu_si128(p));
         }
-        if (g % 4 == 0) {
-          for (std::size_t u = i; u < i + 4; ++u) {
-            ONNXCOMP_PREFETCH(data + kept.rows[std::min(end + u, kept.count - 1)] * w.stride);
-          }
-        }
+        if (g % 4 == 0) fetcher.fetch();
         const __m256i ab_low = _mm256_unpacklo_epi8(row[0], row[1]), ab_high = _mm256_unpackhi_epi8(row[0], row[1]);
         const __m256i cd_low = _mm256_unpacklo_epi8(row[2], row[3]), cd_high = _mm256_unpackhi_epi8(row[2], row[3]);
         const __m256i mixed[4] = {_mm256_unpacklo_epi16(ab_low, cd_low), _mm256_unpackhi_epi16(ab_low, cd_low),
@@ -129,6 +129,8 @@ inline void rounded_avx2(const Weight<Scale>& w, const Kept& kept, float* y, std
         _mm_storeu_ps(p + 4, _mm_add_ps(_mm_loadu_ps(p + 4), _mm256_extractf128_ps(second, 1)));
       }
     }
+    begin = end;
+    end = next_end;
   }
 }
 
@@ -184,8 +186,7 @@ ONNXCOMP_INLINE void coefficients(const Weight<Scale>& w, const Kept& kept, cons
 template <bool kFull>
 ONNXCOMP_TARGET(ONNXCOMP_VNNI)
 ONNXCOMP_INLINE void add_chunk(const std::uint8_t* w, std::size_t stride, const std::uint32_t* rows, std::size_t count,
-                               const std::uint32_t* next, std::size_t next_count, const Coefficients& c, std::size_t g,
-                               __mmask64 mask, float* sums) {
+                               RowFetcher* next, const Coefficients& c, std::size_t g, __mmask64 mask, float* sums) {
   const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);  // lane l gets word l
   const auto of_groups = [&](const void* p) ONNXCOMP_TARGET(ONNXCOMP_VNNI) {
     return _mm512_permutexvar_epi32(spread,
@@ -202,7 +203,7 @@ ONNXCOMP_INLINE void add_chunk(const std::uint8_t* w, std::size_t stride, const 
       const std::uint8_t* p = w + rows[std::min(i + u, count - 1)] * stride;
       row[u] = kFull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask, p);
     }
-    for (std::size_t u = 0; u < 4 && i + u < next_count; ++u) ONNXCOMP_PREFETCH(w + next[i + u] * stride);
+    next->fetch();
     interleave(row[0], row[1], row[2], row[3], mixed);
     const __m512i factors = of_groups(c.words[i / 4] + g);
     for (int t = 0; t < 4; ++t) {
@@ -230,23 +231,24 @@ inline void rounded_vnni(const Weight<Scale>& w, const Kept& kept, float* y, std
   std::memset(sums, 0, (groups + kStep - 1) / kStep * kStep * kGroup * sizeof(float));
   std::size_t begin = 0, end = kept.count == 0 ? 0 : chunk_end(kept, 0);
   // What comes first is fetched while the coefficients are computed.
-  const std::size_t bytes = std::min(groups * (kGroup / 2), kFirstBytes);
-  for (std::size_t i = 0; i < end; ++i) {
-    for (std::size_t j = 0; j < bytes; j += 64) ONNXCOMP_PREFETCH(w.data + kept.rows[i] * w.stride + j);
-  }
+  RowFetcher fetcher(w.data, w.stride, groups * (kGroup / 2));
+  fetcher.aim(kept.rows, end, 1);
+  fetcher.fetch();
+  const std::size_t steps = (groups + kStep - 1) / kStep;
   while (begin < end) {
     const std::size_t count = end - begin, next_end = end < kept.count ? chunk_end(kept, end) : end;
     const std::uint32_t *rows = kept.rows + begin, *next = kept.rows + end;
     const std::size_t next_count = next_end - end;
     coefficients(w, {kept.values + begin, rows, count}, next, next_count, groups, &c);
+    fetcher.aim(next, next_count, steps * ((count + 3) / 4));
     for (std::size_t g = 0; g < groups; g += kStep) {
       const std::uint8_t* data = w.data + g * (kGroup / 2);
       float* part = sums + g * kGroup;
       if (g + kStep <= groups) {
-        add_chunk<true>(data, w.stride, rows, count, next, next_count, c, g, 0, part);
+        add_chunk<true>(data, w.stride, rows, count, &fetcher, c, g, 0, part);
       } else {
         const __mmask64 mask = ~0ull >> (64 - (groups - g) * (kGroup / 2));
-        add_chunk<false>(data, w.stride, rows, count, next, next_count, c, g, mask, part);
+        add_chunk<false>(data, w.stride, rows, count, &fetcher, c, g, mask, part);
       }
     }
     begin = end;

@@ -108,22 +108,26 @@ inline Rounded round(const Kept& kept, std::size_t most, void* memory) {
   std::uint32_t at = 0;
   for (std::size_t begin = 0, end; begin < kept.count; begin = end) {
     end = chunk_end(kept, begin);
-    float largest = 0;
-    for (std::size_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(kept.values[i]));
+    std::uint32_t bits = 0;
+    for (std::size_t i = begin; i < end; ++i) bits = std::max(bits, magnitude_bits(kept.values[i]));
+    float largest;
+    std::memcpy(&largest, &bits, sizeof(largest));
     const float inverse = inverse_step(largest);
     Chunk& chunk = chunks[count++];
     chunk = {at, at, largest / 127.0f, 0};
-    for (std::size_t i = begin; i < end; i += 4, ++at) {
-      std::uint32_t word = 0;
-      for (std::size_t u = 0; u < 4; ++u) {
-        const bool real = i + u < end;
-        const int q = real ? static_cast<int>(std::lrintf(kept.values[i + u] * inverse)) : 0;
-        chunk.sum += q;
-        word |= static_cast<std::uint32_t>(q & 0xff) << (8 * u);
-        rows[4 * at + u] = kept.rows[real ? i + u : end - 1];
-      }
-      std::memcpy(words + at, &word, sizeof(word));
+    const std::size_t inputs = end - begin;
+    std::int32_t rounded[kChunk] = {};
+    for (std::size_t i = 0; i < inputs; ++i) rounded[i] = nearest(kept.values[begin + i] * inverse);
+    std::int8_t bytes[kChunk];
+    for (std::size_t i = 0; i < kChunk; ++i) {
+      chunk.sum += rounded[i];
+      bytes[i] = static_cast<std::int8_t>(rounded[i]);
     }
+    const std::size_t padded = (inputs + 3) / 4 * 4;
+    std::memcpy(words + at, bytes, padded);
+    std::memcpy(rows + 4 * at, kept.rows + begin, inputs * sizeof(*rows));
+    for (std::size_t i = inputs; i < padded; ++i) rows[4 * at + i] = kept.rows[end - 1];
+    at += static_cast<std::uint32_t>(padded / 4);
     chunk.end = at;
   }
   return {words, rows, chunks, count};
@@ -137,20 +141,17 @@ using Summed = void (*)(const Weight& w, const Rounded& x, float* y, std::size_t
 template <bool kFull>
 ONNXCOMP_TARGET(ONNXCOMP_VNNI)
 ONNXCOMP_INLINE void add_chunk(const std::int8_t* w, std::size_t stride, const Rounded& x, const Chunk& chunk,
-                               __mmask64 mask, __m512 sums[4]) {
-  constexpr std::size_t kAhead = kChunk / 4;  // a chunk: the next one, at the same columns
+                               __mmask64 mask, RowFetcher* next, __m512 sums[4]) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));  // s8 to u8: adds 128 to each weight
   const __m512i start = _mm512_set1_epi32(-128 * chunk.sum);
   __m512i total[4] = {start, start, start, start};
-  const std::size_t last = x.chunks[x.count - 1].end - 1;
   for (std::size_t i = chunk.begin; i < chunk.end; ++i) {
     __m512i row[4], mixed[4];
     for (int u = 0; u < 4; ++u) {
       const std::int8_t* p = w + x.rows[4 * i + u] * stride;
       row[u] = _mm512_xor_si512(kFull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask, p), flip);
     }
-    const std::size_t later = std::min(i + kAhead, last);
-    for (int u = 0; u < 4; ++u) ONNXCOMP_PREFETCH(w + x.rows[4 * later + u] * stride);
+    next->fetch();
     interleave(row[0], row[1], row[2], row[3], mixed);
     const __m512i inputs = _mm512_set1_epi32(x.words[i]);
     for (int t = 0; t < 4; ++t) total[t] = _mm512_dpbusd_epi32(total[t], mixed[t], inputs);
@@ -164,19 +165,26 @@ inline void rounded_vnni(const Weight& w, const Rounded& x, float* y, std::size_
   constexpr std::size_t kStep = 64;
   alignas(64) float scratch[kMaxColumns];
   std::memset(scratch, 0, (columns + kStep - 1) / kStep * kStep * sizeof(float));
-  // Later chunks are fetched by the one before.
-  const std::size_t bytes = std::min(columns, kFirstBytes);
-  for (std::size_t i = 0; x.count > 0 && i < 4 * std::size_t{x.chunks[0].end}; ++i) {
-    for (std::size_t j = 0; j < bytes; j += 64) ONNXCOMP_PREFETCH(w.data + x.rows[i] * w.stride + j);
+  RowFetcher next(w.data, w.stride, columns);
+  if (x.count > 0) {
+    next.aim(x.rows, 4 * std::size_t{x.chunks[0].end}, 1);
+    next.fetch();
   }
+  const std::size_t steps = (columns + kStep - 1) / kStep;
   for (std::size_t c = 0; c < x.count; ++c) {
+    if (c + 1 < x.count) {
+      const Chunk &now = x.chunks[c], &then = x.chunks[c + 1];
+      next.aim(x.rows + 4 * std::size_t{then.begin}, 4 * std::size_t{then.end - then.begin}, steps * (now.end - now.begin));
+    } else {
+      next.aim(x.rows, 0, 1);
+    }
     for (std::size_t j = 0; j < columns; j += kStep) {
       __m512 sums[4];
       for (int t = 0; t < 4; ++t) sums[t] = _mm512_load_ps(scratch + j + 16 * t);
       if (j + kStep <= columns) {
-        add_chunk<true>(w.data + j, w.stride, x, x.chunks[c], 0, sums);
+        add_chunk<true>(w.data + j, w.stride, x, x.chunks[c], 0, &next, sums);
       } else {
-        add_chunk<false>(w.data + j, w.stride, x, x.chunks[c], ~0ull >> (kStep - (columns - j)), sums);
+        add_chunk<false>(w.data + j, w.stride, x, x.chunks[c], ~0ull >> (kStep - (columns - j)), &next, sums);
       }
       for (int t = 0; t < 4; ++t) _mm512_store_ps(scratch + j + 16 * t, sums[t]);
     }

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa.h"
+
 namespace onnxcomp {
 
 // The surviving inputs: `values[i]` is that of row `rows[i]` of the weight.
@@ -33,6 +35,46 @@ inline std::size_t keep_above(const float* x, std::size_t k, const float* t, std
     kept += !((one_sided ? x[i] : std::fabs(x[i])) <= t[i * t_step]);
   }
   return kept;
+}
+
+#if defined(ONNXCOMP_X86)
+
+ONNXCOMP_TARGET(ONNXCOMP_AVX512)
+inline std::size_t keep_above_avx512(const float* x, std::size_t k, const float* t, std::size_t t_step, bool one_sided,
+                                     float* values, std::uint32_t* rows) {
+  std::size_t kept = 0;
+  const __m512i sixteen = _mm512_set1_epi32(16);
+  const __m512 same = _mm512_set1_ps(t_step == 0 ? *t : 0.0f);
+  const __m512i no_sign = _mm512_set1_epi32(one_sided ? -1 : 0x7fffffff);
+  __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (std::size_t i = 0; i < k; i += 16) {
+    const __mmask16 there = static_cast<__mmask16>(k - i >= 16 ? 0xffff : (1u << (k - i)) - 1);
+    const __m512 value = _mm512_maskz_loadu_ps(there, x + i);
+    const __m512 limit = t_step == 0 ? same : _mm512_maskz_loadu_ps(there, t + i);
+    const __m512 compared = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), no_sign));
+    const __mmask16 above = _mm512_mask_cmp_ps_mask(there, compared, limit, _CMP_NLE_UQ);
+    const unsigned count = static_cast<unsigned>(__builtin_popcount(above));
+    const __mmask16 first = static_cast<__mmask16>((1u << count) - 1);
+    // Compressed in the register: compressing stores are slow on some processors.
+    _mm512_mask_storeu_ps(values + kept, first, _mm512_maskz_compress_ps(above, value));
+    _mm512_mask_storeu_epi32(rows + kept, first, _mm512_maskz_compress_epi32(above, row));
+    row = _mm512_add_epi32(row, sixteen);
+    kept += count;
+  }
+  return kept;
+}
+
+#endif
+
+using KeepAbove = std::size_t (*)(const float* x, std::size_t k, const float* t, std::size_t t_step, bool one_sided,
+                                  float* values, std::uint32_t* rows);
+
+inline KeepAbove choose_keep_above(Isa isa) {
+#if defined(ONNXCOMP_X86)
+  if (isa == Isa::kAvx512 || isa == Isa::kVnni) return keep_above_avx512;
+#endif
+  (void)isa;
+  return keep_above;
 }
 
 // The bits of |x|, which order as the magnitudes do, with NaN above infinity.
