@@ -70,8 +70,8 @@ class Product:
         alike = [e for e in entries if (e.op, e.weights, e.dense) == kind]
         return min(alike, key=distance).sparsity if alike else None
 
-    def worst_break_even(self, entries: Iterable[BreakEven]) -> float | None:
-        """Highest break-even of all numbers of rows beyond one."""
+    def worst_break_even(self, entries: Iterable[BreakEven], beyond: int = 1) -> float | None:
+        """Highest break-even of all numbers of rows beyond some; None if none of them was measured."""
         entries = list(entries)
-        found = [self.break_even(entries, count) for count in sorted({e.rows for e in entries if e.rows > 1})]
+        found = [self.break_even(entries, count) for count in sorted({e.rows for e in entries if e.rows > beyond})]
         return max((f for f in found if f is not None), default=None)

@@ -68,13 +68,22 @@ def gptq_round(
 
 def _feed(gram: Array, damp: float) -> Array:
     """How much of the error of column i column j makes up for, at `[..., j, i]` for i < j."""
+    lower = damped_factor(gram, damp)
+    return np.asarray(lower / np.diagonal(lower, axis1=-2, axis2=-1)[..., None])
+
+
+def damped_factor(gram: Array, damp: float) -> Array:
+    """`R^T`, lower triangular, where `R R^T` is `gram` with `damp` added to the diagonal, relative to its mean.
+
+    Raises:
+        CalibrationError: If `gram` is not positive definite with a million times as much, either.
+    """
     mean = np.maximum(np.diagonal(gram, axis1=-2, axis2=-1).mean(axis=-1), 0.0)
     mean = np.where(mean > 0.0, mean, 1.0)[..., None, None]
     for factor in 10.0 ** np.arange(7):
         lower = _cholesky((gram + factor * damp * mean * np.eye(gram.shape[-1]))[..., ::-1, ::-1])
         if lower is not None:
-            lower = lower[..., ::-1, ::-1].swapaxes(-1, -2)
-            return np.asarray(lower / np.diagonal(lower, axis1=-2, axis2=-1)[..., None])
+            return np.asarray(lower[..., ::-1, ::-1].swapaxes(-1, -2))
     raise CalibrationError("the second moments of an input are not positive definite; are its values very large?")
 
 

@@ -54,7 +54,7 @@ class QuantizedLinear:
 
     def mark(self, name: str) -> None:
         """Notes that the pass `name` chose the integers."""
-        self.node.metadata_props[_CHOSEN] = name
+        mark_chosen(self.node, name)
 
     def stored(self) -> tuple[Array, Array, Array]:
         """Float weight, integers and scales: float64 (groups, outputs of a group, K), the scales with K = 1."""
@@ -76,6 +76,11 @@ class QuantizedLinear:
     def _rows(self, array: Array) -> Array:
         turned = array if _output_axis(self.node) == 0 else array.T
         return np.asarray(turned.reshape(self.groups, len(turned) // self.groups, -1), np.float64)
+
+
+def mark_chosen(node: ir.Node, name: str) -> None:
+    """Notes at a linear op that the pass `name` chose the integers of its weight, so that no other does."""
+    node.metadata_props[_CHOSEN] = name
 
 
 def find_quantized(model: ir.Model, where: Select, name: str) -> tuple[list[QuantizedLinear], list[Edit]]:

@@ -55,3 +55,5 @@ def test_nothing_is_known_of_other_kinds():
 def test_worst_of_several_rows():
     table = [entry(0.9), entry(0.2, rows=2), entry(0.6, rows=8), entry(0.3, rows=32), entry(0.8, rows=8, shape=(9, 9))]
     assert product().worst_break_even(table) == 0.6
+    assert product().worst_break_even(table, beyond=8) == 0.3
+    assert product().worst_break_even(table, beyond=32) is None

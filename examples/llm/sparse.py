@@ -35,7 +35,7 @@ from onnxcomp.targets.ort.break_even_trials import clock
 
 WINDOW, CONTEXT, CALIBRATION = 512, 256, 8
 METHODS = ("cats", "chess", "teal", "wina", "topk", "cett")
-OPTIONS = ("norms", "greedy")
+OPTIONS = ("norms", "greedy", "attention")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Case:
                 Threshold(
                     method=method,
                     column_norms="norms" in options,
+                    attention="attention" in options,
                     allocate="greedy" if "greedy" in options else "uniform",
                     sparsity=self.sparsity,
                     weights="keep" if self.weights == "fp32" else self.weights,
@@ -106,7 +107,8 @@ def main() -> None:
         default=["cats", "chess", "teal"],
         type=known,
         metavar="METHOD",
-        help=f"{', '.join(METHODS)}; with +norms for column norms, with +greedy for TEAL's allocation",
+        help=f"{', '.join(METHODS)}; with +norms for column norms, +greedy for TEAL's allocation, "
+        "+attention for attention as well",
     )
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--tokens", type=int, default=20480)

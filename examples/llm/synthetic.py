@@ -21,9 +21,8 @@ import onnx_ir as ir
 
 from examples.llm.generate import BoundModel
 from examples.llm.model import Config, build
-from onnxcomp import api
+from onnxcomp import api, native
 from onnxcomp.model import load, save
-from onnxcomp.ops import DOMAIN
 from onnxcomp.passes.threshold import Threshold
 from onnxcomp.passes.weight_only import WeightOnly
 from onnxcomp.rewrite import Pass
@@ -78,8 +77,8 @@ def rewritten(source: Path, passes: list[Pass], feeds: list[dict[str, Any]], fol
 
 
 def dropped(model: ir.Model, feed: dict[str, Any]) -> float:
-    """Share of the inputs of sparse products that a feed of one token drops."""
-    calls = [n for n in model.graph if n.domain == DOMAIN]
+    """Share of the inputs of native sparse products that a feed of one token drops."""
+    calls = [n for n in model.graph if n.domain == native.DOMAIN]
     names = [str(n.inputs[0].name) for n in calls]
     values = reference_runner(model, names)(feed)
     shares = []
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             step = Threshold(method=options.method, sparsity=share, weights=weights)
             name = f"{options.method} {share:.0%} {weights}"
             paths[name] = rewritten(folder / "float.onnx", [step, rest], feeds, folder)
-            print(f"{name}: a new token drops {dropped(load(folder / 'portable.onnx'), token):.1%}", flush=True)
+            print(f"{name}: a new token drops {dropped(load(paths[name]), token):.1%}", flush=True)
     (folder / "float.onnx").unlink()
     times(paths, options, rng)
 

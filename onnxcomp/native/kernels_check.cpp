@@ -9,6 +9,7 @@
 
 #include "kernels/dense_f32.h"
 #include "kernels/dots.h"
+#include "kernels/joint.h"
 #include "kernels/rows_f32.h"
 #include "kernels/rows_int4.h"
 #include "kernels/rows_int8.h"
@@ -156,6 +157,32 @@ void check_dense(Isa isa) {
   }
 }
 
+// Several inputs at once: each against its sum, and against what it comes to in another batch. `kernel(in, y, y_step)`.
+template <typename Kernel, typename Weight>
+void check_joint(const char* name, Isa isa, std::size_t most, std::size_t k, std::size_t n, std::size_t round,
+                 const Kernel& kernel, const Weight& weight) {
+  const std::size_t count = 1 + below(round % 10 == 9 ? most : std::min<std::size_t>(most, 9)), step = n + below(3);
+  const float threshold = round % 4 == 0 ? -1.0f : round % 4 == 1 ? INFINITY : 0.7f;
+  const std::size_t all_dropped = below(count);
+  std::vector<float> x = make(count * k, normal);
+  if (round % 3 == 1) x[below(count * k)] *= 1e6f;
+  if (round % 3 == 2) x[below(count * k)] *= 1e-30f;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (std::fabs(x[i]) <= threshold || (round % 2 == 1 && i / k == all_dropped)) x[i] = 0.0f;
+  }
+  std::vector<float> y((count - 1) * step + n, NAN), alone(n);
+  kernel({x.data(), k, count}, y.data(), step);
+  std::vector<std::uint32_t> all(k);
+  for (std::size_t j = 0; j < k; ++j) all[j] = static_cast<std::uint32_t>(j);
+  for (std::size_t b = 0; b < count; ++b) {
+    const float* found = y.data() + b * step;
+    compare(name, isa, {x.data() + b * k, all.data(), k}, n, found, kRounded, weight);
+    kernel({x.data() + b * k, k, 1}, alone.data(), n);
+    if (std::memcmp(alone.data(), found, n * sizeof(float)) != 0) fail(name, isa);
+    if (b + 1 < count && n < step && !std::isnan(found[n])) fail(name, isa);
+  }
+}
+
 void check_int8(Isa isa, std::size_t round) {
   const std::size_t k = 1 + below(300), n = 1 + below(300);
   const Inputs in(k, round);
@@ -172,6 +199,12 @@ void check_int8(Isa isa, std::size_t round) {
     std::vector<std::uint32_t> memory((rows_int8::rounded_bytes(k) + 3) / 4);
     kernel(view, rows_int8::round(in.sorted, k, memory.data()), y.data(), n);
     compare("rows int8 rounded", isa, in.kept, n, y.data(), kRounded, weight);
+  }
+  if (const joint::Int8 kernel = joint::choose_int8(isa)) {
+    const auto several = [&](const joint::Inputs& some, float* to, std::size_t step) {
+      kernel(view, some, to, step, n);
+    };
+    check_joint("joint int8", isa, joint::kMostInt8, k, n, round, several, weight);
   }
 }
 
@@ -193,6 +226,12 @@ void check_int4(Isa isa, std::size_t round) {
   if (const rows_int4::Kernel<Scale> kernel = rows_int4::choose_rounded<Scale>(isa)) {
     kernel(view, in.sorted, y.data(), groups);
     compare("rows int4 rounded", isa, in.kept, n, y.data(), kRounded, weight);
+  }
+  if (const joint::Int4<Scale> kernel = joint::choose_int4<Scale>(isa)) {
+    const auto several = [&](const joint::Inputs& some, float* to, std::size_t step) {
+      kernel(view, some, to, step, groups);
+    };
+    check_joint("joint int4", isa, joint::kMostInt4, k, n, round, several, weight);
   }
 }
 

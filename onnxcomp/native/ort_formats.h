@@ -2,12 +2,14 @@
 // the rows of such a matrix or multiply them with an input.
 //
 // A format of rows sums some rows of [K, N]: `bind` checks the inputs, `prepare` does once what is the same for all
-// columns, `sum` does a block of columns. A format of dots multiplies one input with some rows of [F, K].
+// columns, `sum` does a block of columns, `sum_joint` one for several inputs. A format of dots multiplies one input with
+// some rows of [F, K].
 
 #pragma once
 
 #include "kernels/dense_f32.h"
 #include "kernels/dots.h"
+#include "kernels/joint.h"
 #include "kernels/rows_f32.h"
 #include "kernels/rows_int4.h"
 #include "kernels/rows_int8.h"
@@ -42,6 +44,7 @@ struct MatrixF32 {
 struct RowsF32 {
   using Matrix = MatrixF32;
   static constexpr bool kDense = true;  // has a product for batches that need most of the weight
+  static constexpr std::size_t kJoint = 0;
   struct Prepared {
     Kept kept;
   };
@@ -118,7 +121,8 @@ struct RowsInt8 {
   struct Matrix : MatrixInt8 {
     Problem bind(const Tensor* in) { return MatrixInt8::bind(in, 1); }
   };
-  static constexpr bool kDense = false;  // the loop over inputs is as fast as a dense product
+  static constexpr bool kDense = false;
+  static constexpr std::size_t kJoint = joint::kMostInt8;  // inputs that there may be a kernel for at once
   struct Prepared {
     Kept kept;
     rows_int8::Rounded rounded;
@@ -126,7 +130,14 @@ struct RowsInt8 {
   };
 
   RowsInt8(Isa isa, bool stay_exact)
-      : exact(rows_int8::choose_exact(isa)), rounded(stay_exact ? nullptr : rows_int8::choose_rounded(isa)) {}
+      : exact(rows_int8::choose_exact(isa)),
+        rounded(stay_exact ? nullptr : rows_int8::choose_rounded(isa)),
+        several(stay_exact ? nullptr : joint::choose_int8(isa)) {}
+
+  bool has_joint() const { return several != nullptr; }
+  void sum_joint(const Matrix& w, const joint::Inputs& in, std::size_t begin, std::size_t columns, float* y) const {
+    several({w.data + begin, w.columns, w.scale + begin}, in, y, w.columns, columns);
+  }
 
   static std::size_t scratch(std::size_t k) {
     return sorted_scratch(k) + Scratch::size(rows_int8::rounded_bytes(k));
@@ -149,6 +160,7 @@ struct RowsInt8 {
 
   rows_int8::Exact exact;
   rows_int8::Summed rounded;
+  joint::Int8 several;
 };
 
 // The rounded form of x, or x itself where it holds something that is not finite.
@@ -234,7 +246,8 @@ struct MatrixInt4 {
 
 struct RowsInt4 {
   using Matrix = MatrixInt4;
-  static constexpr bool kDense = false;  // the loop over inputs is as fast as a dense product
+  static constexpr bool kDense = false;
+  static constexpr std::size_t kJoint = joint::kMostInt4;
   struct Prepared {
     Kept kept;
     bool round;
@@ -245,6 +258,17 @@ struct RowsInt4 {
     if (!stay_exact) {
       rounded_f32 = rows_int4::choose_rounded<float>(isa);
       rounded_f16 = rows_int4::choose_rounded<std::uint16_t>(isa);
+      several_f32 = joint::choose_int4<float>(isa);
+      several_f16 = joint::choose_int4<std::uint16_t>(isa);
+    }
+  }
+
+  bool has_joint() const { return several_f32 != nullptr; }
+  void sum_joint(const Matrix& w, const joint::Inputs& in, std::size_t begin, std::size_t columns, float* y) const {
+    if (w.half) {
+      several_f16(part<std::uint16_t>(w, begin), in, y, w.columns, columns / kGroup);
+    } else {
+      several_f32(part<float>(w, begin), in, y, w.columns, columns / kGroup);
     }
   }
 
@@ -271,6 +295,8 @@ struct RowsInt4 {
 
   rows_int4::Kernel<float> exact_f32, rounded_f32 = nullptr;
   rows_int4::Kernel<std::uint16_t> exact_f16, rounded_f16 = nullptr;
+  joint::Int4<float> several_f32 = nullptr;
+  joint::Int4<std::uint16_t> several_f16 = nullptr;
 };
 
 struct DotsInt4 {

@@ -30,6 +30,50 @@ ort::Status* sum_rows(const ort::Api* api, const ort::KernelContext* context, co
   return parallel_for(api, context, (w.columns + kBlock - 1) / kBlock, kept.count * w.columns >= kSerial, work);
 }
 
+// Inputs whose kept elements are held between zeros at once.
+inline constexpr std::size_t kJointInputs = 256;
+
+inline std::size_t joint_scratch(std::size_t batch, std::size_t k) {
+  return sorted_scratch(k) + Scratch::size(std::min(batch, kJointInputs) * k * sizeof(float));
+}
+
+// y [batch, columns]: for each input the sum of the kept rows of w, read once for many. `list(b, values, rows, kept)`
+// lists what input b keeps; `alone(b)` does an input that cannot be rounded. `scratch` has joint_scratch(batch, k) left.
+template <typename Rows, typename List, typename Alone>
+ort::Status* sum_rows_jointly(const ort::Api* api, const ort::KernelContext* context, const Rows& format,
+                              const typename Rows::Matrix& w, std::size_t batch, Scratch* scratch, float* y,
+                              const List& list, const Alone& alone) {
+  const std::size_t k = w.rows, blocks = (w.columns + kBlock - 1) / kBlock;
+  float* values = scratch->take<float>(k);
+  std::uint32_t* rows = scratch->take<std::uint32_t>(k);
+  float* x = scratch->take<float>(std::min(batch, kJointInputs) * k);
+  for (std::size_t first = 0; first < batch; first += kJointInputs) {
+    const std::size_t count = std::min(batch - first, kJointInputs);
+    std::size_t total = 0;
+    bool sound[kJointInputs];
+    std::memset(x, 0, count * k * sizeof(float));
+    for (std::size_t b = 0; b < count; ++b) {
+      Kept kept;
+      ONNXCOMP_RETURN_IF_ERROR(list(first + b, values, rows, &kept));
+      sound[b] = can_round_any(kept);
+      if (!sound[b]) continue;
+      for (std::size_t i = 0; i < kept.count; ++i) x[b * k + kept.rows[i]] = kept.values[i];
+      total += kept.count;
+    }
+    const auto work = [&](std::size_t i) {
+      const std::size_t b = i / blocks * Rows::kJoint, begin = i % blocks * kBlock;
+      format.sum_joint(w, {x + b * k, k, std::min(count - b, Rows::kJoint)}, begin, std::min(kBlock, w.columns - begin),
+                       y + (first + b) * w.columns + begin);
+    };
+    const std::size_t tasks = blocks * ((count + Rows::kJoint - 1) / Rows::kJoint);
+    ONNXCOMP_RETURN_IF_ERROR(parallel_for(api, context, tasks, total * w.columns >= kSerial, work));
+    for (std::size_t b = 0; b < count; ++b) {
+      if (!sound[b]) ONNXCOMP_RETURN_IF_ERROR(alone(first + b));
+    }
+  }
+  return nullptr;
+}
+
 // Selections: how an op finds the inputs that count.
 
 struct AboveThreshold {
@@ -178,14 +222,26 @@ class SparseMatMul
         }
       }
     }
-    for (std::size_t b = 0; b < batch; ++b) {
+    const auto one = [&](std::size_t b) -> ort::Status* {
       Scratch scratch(sorted_scratch(k) + Rows::scratch(k));
       if (!scratch.ok()) return out_of_memory(this->api_);
       float* values = scratch.take<float>(k);
       std::uint32_t* rows = scratch.take<std::uint32_t>(k);
       const Kept kept{values, rows, selection.keep(x + b * k, k, values, rows)};
-      ONNXCOMP_RETURN_IF_ERROR(sum_rows(this->api_, context, rows_, w, kept, &scratch, y + b * w.columns));
+      return sum_rows(this->api_, context, rows_, w, kept, &scratch, y + b * w.columns);
+    };
+    if constexpr (Rows::kJoint > 0) {
+      if (batch > 1 && rows_.has_joint()) {
+        Scratch scratch(joint_scratch(batch, k));
+        if (!scratch.ok()) return out_of_memory(this->api_);
+        const auto list = [&](std::size_t b, float* values, std::uint32_t* rows, Kept* kept) -> ort::Status* {
+          *kept = {values, rows, selection.keep(x + b * k, k, values, rows)};
+          return nullptr;
+        };
+        return sum_rows_jointly(this->api_, context, rows_, w, batch, &scratch, y, list, one);
+      }
     }
+    for (std::size_t b = 0; b < batch; ++b) ONNXCOMP_RETURN_IF_ERROR(one(b));
     return nullptr;
   }
 
@@ -307,10 +363,32 @@ class GatedMlp
         }
       }
     }
-    for (std::size_t b = 0; b < batch; ++b) {
-      ONNXCOMP_RETURN_IF_ERROR(row(context, up, down, selection, in[0].template as<float>() + b * neurons,
-                                   in[1].template as<float>() + b * k, y + b * down.columns));
+    // The first half for one input: where its kept neurons' values are.
+    const auto half = [&](std::size_t b, Scratch* scratch, float* hidden, std::uint32_t* rows, Kept* kept) {
+      return hide(context, up, selection, in[0].template as<float>() + b * neurons, in[1].template as<float>() + b * k,
+                  scratch, hidden, rows, kept);
+    };
+    const auto one = [&](std::size_t b) -> ort::Status* {
+      Scratch scratch(sorted_scratch(neurons) + hide_scratch(neurons, k) + Rows::scratch(neurons));
+      if (!scratch.ok()) return out_of_memory(this->api_);
+      float* hidden = scratch.template take<float>(neurons);
+      std::uint32_t* rows = scratch.template take<std::uint32_t>(neurons);
+      Kept kept;
+      ONNXCOMP_RETURN_IF_ERROR(half(b, &scratch, hidden, rows, &kept));
+      return sum_rows(this->api_, context, rows_, down, kept, &scratch, y + b * down.columns);
+    };
+    if constexpr (Rows::kJoint > 0) {
+      if (batch > 1 && rows_.has_joint()) {
+        Scratch scratch(joint_scratch(batch, neurons));
+        if (!scratch.ok()) return out_of_memory(this->api_);
+        const auto list = [&](std::size_t b, float* hidden, std::uint32_t* rows, Kept* kept) -> ort::Status* {
+          Scratch more(hide_scratch(neurons, k));
+          return more.ok() ? half(b, &more, hidden, rows, kept) : out_of_memory(this->api_);
+        };
+        return sum_rows_jointly(this->api_, context, rows_, down, batch, &scratch, y, list, one);
+      }
     }
+    for (std::size_t b = 0; b < batch; ++b) ONNXCOMP_RETURN_IF_ERROR(one(b));
     return nullptr;
   }
 
@@ -319,24 +397,24 @@ class GatedMlp
   }
 
  private:
-  ort::Status* row(const ort::KernelContext* context, const Up& up, const Down& down, const AboveThreshold& selection,
-                   const float* a, const float* x, float* y) const {
+  static std::size_t hide_scratch(std::size_t neurons, std::size_t k) {
+    return Scratch::size(neurons * sizeof(float)) + Dots::scratch(k);
+  }
+
+  // Values of the neurons whose gates are kept, each times its gate.
+  ort::Status* hide(const ort::KernelContext* context, const Up& up, const AboveThreshold& selection, const float* a,
+                    const float* x, Scratch* scratch, float* hidden, std::uint32_t* rows, Kept* out) const {
     const std::size_t neurons = up.rows, k = up.columns;
-    Scratch scratch(2 * sorted_scratch(neurons) + Dots::scratch(k) + Rows::scratch(neurons));
-    if (!scratch.ok()) return out_of_memory(this->api_);
-    float* gates = scratch.take<float>(neurons);
-    float* hidden = scratch.take<float>(neurons);
-    std::uint32_t* rows = scratch.take<std::uint32_t>(neurons);
+    float* gates = scratch->take<float>(neurons);
     const Kept kept{gates, rows, selection.keep(a, neurons, gates, rows)};
-    const typename Dots::Prepared prepared = dots_.prepare(x, k, &scratch);
+    const typename Dots::Prepared prepared = dots_.prepare(x, k, scratch);
     const auto work = [&](std::size_t i) {
       const std::size_t begin = i * kNeurons;
       const std::size_t count = begin + kNeurons < kept.count ? kNeurons : kept.count - begin;
       dots_.multiply(up, prepared, {gates + begin, rows + begin, count}, hidden + begin);
     };
-    ONNXCOMP_RETURN_IF_ERROR(
-        parallel_for(this->api_, context, (kept.count + kNeurons - 1) / kNeurons, kept.count * k >= kSerial, work));
-    return sum_rows(this->api_, context, rows_, down, {hidden, rows, kept.count}, &scratch, y);
+    *out = {hidden, rows, kept.count};
+    return parallel_for(this->api_, context, (kept.count + kNeurons - 1) / kNeurons, kept.count * k >= kSerial, work);
   }
 
   Dots dots_;

@@ -16,7 +16,7 @@ from onnxcomp.targets.ort import trials
 from onnxcomp.targets.ort.runtime import make_session, session_options
 
 SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (2048, 5632), (5632, 2048))
-ROWS = (1, 2, 4, 8, 32)
+ROWS = (1, 2, 4, 8, 128)
 
 _LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
 _REPEAT, _REPEAT_MANY = 7, 3  # many rows take long, and their time is that of arithmetic, which varies less
@@ -52,9 +52,11 @@ def measure(
         for kind in trials.KINDS.values()
     ]
     for index, (op, kind, (inputs, outputs)) in enumerate(cases):
-        sessions = _sessions(op, kind, inputs, outputs, threads)
+        sessions: dict[bool, _Sessions] = {}
         for count in ROWS if rows is None else rows:
-            sparse, dense = _times(sessions, count, threads)
+            if (many := count > _MANY) not in sessions:
+                sessions[many] = _sessions(op, kind, inputs, outputs, threads, 0.0 if many else _BYTES)
+            sparse, dense = _times(sessions[many], count, threads)
             for weights, time_taken in dense.items():
                 yield BreakEven(
                     op="gated_mlp" if op == "gated_mlp" else "matmul",
@@ -89,9 +91,10 @@ class _Sessions:
     copies: int
 
 
-def _sessions(op: str, kind: trials.Kind, inputs: int, outputs: int, threads: int) -> _Sessions:
+def _sessions(op: str, kind: trials.Kind, inputs: int, outputs: int, threads: int, least: float) -> _Sessions:
+    """Sessions of two products or more, whose weights have `least` bytes."""
     size = (2 if op == "gated_mlp" else 1) * inputs * outputs * kind.size
-    copies = max(2, round(_BYTES / size))
+    copies = max(2, round(least / size))
     mlp = op == "gated_mlp"
     make_dense = trials.dense_mlp if mlp else trials.dense_matmul
     make_sparse = trials.gated_mlp if mlp else trials.threshold_matmul

@@ -33,7 +33,7 @@ from onnxcomp.targets.ort.manifest import (
     versions,
     write_manifest,
 )  # fmt: skip
-from onnxcomp.targets.ort.rows import find_rows, to_many_rows
+from onnxcomp.targets.ort.rows import few_rows, find_rows, to_many_rows
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
@@ -107,9 +107,10 @@ def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilit
     try:
         save(model, folder / MODEL)  # the weights, wherever they lie now, go along
         optimized, session = _optimized(model, folder / MODEL, scratch)
-        rows = find_rows(model)
-        if rows is not None and (session.state or not _save_both(model, folder, capabilities)):
-            rows = None
+        rows = None if session.state else find_rows(model)
+        if rows is not None:
+            rows = rows.model_copy(update={"few": few_rows(model, capabilities.break_even)})
+            rows = rows if _save_both(model, folder, capabilities, rows.few) else None
     except (GraphError, ValueError) as error:
         raise CompileError(str(error)) from error
     infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
@@ -143,15 +144,15 @@ def _optimized(model: ir.Model, path: Path, scratch: Path) -> tuple[onnx.ModelPr
     return onnx.load(optimized, load_external_data=False), session
 
 
-def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities) -> bool:
-    """Saves the model with one for several rows beside it, which shares weights with it, if that is another one."""
-    if not to_many_rows(model.clone(), capabilities.break_even):
+def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities, few: int) -> bool:
+    """Saves the model with one for more than `few` rows beside it, which shares weights with it, if that differs."""
+    if not to_many_rows(model.clone(), capabilities.break_even, few):
         return False
     for name in (MODEL, DATA):
         (folder / name).unlink(missing_ok=True)
     save(model, folder / MODEL, external=True)
     many = load(folder / MODEL)  # whose weights lie in the file now, so that both read them there
-    to_many_rows(many, capabilities.break_even)
+    to_many_rows(many, capabilities.break_even, few)
     own = [v for v in many.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)]
     tensors = [t for v in own if (t := v.const_value) is not None]
     if sum(t.nbytes for t in tensors) > EXTERNAL_THRESHOLD:

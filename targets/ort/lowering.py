@@ -65,13 +65,14 @@ class NativeOps(Pass):
         return edits
 
 
-def why_dense(call: SparseCall, table: Sequence[BreakEven], rows: int | None) -> str:
+def why_dense(call: SparseCall, table: Sequence[BreakEven], rows: int | None, *, beyond: int = 1) -> str:
     """Why a sparse op is better computed by a dense product; empty if it is not, or nothing is known of its sparsity.
 
     Args:
         call: The op.
         table: When sparse kernels pay.
-        rows: Rows of activations; None for any number above one.
+        rows: Rows of activations; None for any number beyond some.
+        beyond: That number.
     """
     noted = call.node.metadata_props.get(SPARSITY)
     try:
@@ -82,11 +83,12 @@ def why_dense(call: SparseCall, table: Sequence[BreakEven], rows: int | None) ->
     if math.isnan(sparsity) or attribute(call.node, "exact", 0):
         return ""
     product = call.product
-    needed = product.worst_break_even(table) if rows is None else product.break_even(table, rows)
+    needed = product.worst_break_even(table, beyond) if rows is None else product.break_even(table, rows)
     if needed is None or sparsity >= needed:
         return ""
     what = "neurons" if product.op == "gated_mlp" else "inputs"
-    count = "several rows" if rows is None else f"{rows} row{'s' * (rows > 1)}"
+    number = beyond if rows is None else rows
+    count = f"{'more than ' * (rows is None)}{number} row{'s' * (number > 1)}"
     return (
         f"{sparsity:.0%} of its {what} are dropped, and the sparse kernel is faster from {needed:.0%} on "
         f"({count}, {call.inputs}x{call.outputs} {product.weights})"

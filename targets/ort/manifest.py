@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 MANY = "many.onnx"
-"""The model for feeds of several rows, where that is another one; it shares weights in `DATA`."""
+"""The model for feeds of many rows, where that is another one; it shares weights in `DATA`."""
 MANY_DATA = "many.onnx.data"
 FILES = (MODEL, DATA, MANY, MANY_DATA)
 
@@ -199,7 +199,7 @@ def _check_head(path: Path, data: object, target: str) -> None:
 def model_file(artifact: Artifact, feed: Feed) -> Path:
     """The model of an artifact that runs a feed."""
     rows = artifact.manifest["rows"]
-    many = rows is not None and Rows.model_validate(rows).count(feed) > 1
+    many = rows is not None and Rows.model_validate(rows).many(feed)
     return artifact.path / (MANY if many else MODEL)
 
 

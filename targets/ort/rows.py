@@ -1,4 +1,4 @@
-"""Runs of one row and of several: sparse kernels serve the first, and a second model of dense products the others.
+"""Runs of few rows and of many: sparse kernels serve the first, and a second model with dense products the others.
 
 Tokens that are computed together drop little in common, so that most of a weight is read anyway. Both models compute
 the same; which one runs is seen from the shapes of a feed.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -41,12 +41,18 @@ class Rows(BaseModel):
     Attributes:
         axes: Inputs and axes whose lengths are multiplied.
         factor: What they are multiplied with.
+        few: Up to how many rows the first model serves.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     axes: list[Axis] = Field(min_length=1, max_length=16)
     factor: int = Field(ge=1, le=1 << 31)
+    few: int = Field(default=1, ge=1, le=1 << 31)
+
+    def many(self, feed: Feed) -> bool:
+        """Whether a feed is for the second model."""
+        return self.count(feed) > self.few
 
     def count(self, feed: Feed) -> int:
         """Rows that a feed makes; 1 if it does not fit the model."""
@@ -102,13 +108,27 @@ def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
     return np.zeros(shape, spec.dtype)
 
 
-def to_many_rows(model: ir.Model, table: Sequence[BreakEven]) -> int:
-    """Turns the sparse ops of a model into dense products where several rows are faster so; returns how many."""
-    calls: list[tuple[SparseCall, str]] = []
+def few_rows(model: ir.Model, table: Sequence[BreakEven]) -> int:
+    """Up to how many rows no sparse op of a model is faster as a dense product, of the numbers that were measured."""
+    calls = list(_calls(model))
+    few = 1
+    for count in sorted({entry.rows for entry in table if entry.rows > 1}):
+        if any(why_dense(call, table, count) for call in calls):
+            break
+        few = count
+    return few
+
+
+def _calls(model: ir.Model) -> Iterator[SparseCall]:
     for node in model.graph.all_nodes():
-        call = sparse_call(node) if node.domain == native.DOMAIN else None
-        if call is not None and (reason := why_dense(call, table, None)):
-            calls.append((call, reason))
+        if node.domain == native.DOMAIN and (call := sparse_call(node)) is not None:
+            yield call
+
+
+def to_many_rows(model: ir.Model, table: Sequence[BreakEven], few: int = 1) -> int:
+    """Turns sparse ops into dense products where more than `few` rows are faster so; returns how many."""
+    found = ((call, why_dense(call, table, None, beyond=few)) for call in _calls(model))
+    calls = [(call, reason) for call, reason in found if reason]
     for call, reason in calls:
         to_dense(model, call)
         call.node.metadata_props[LOWERED] = reason
@@ -117,36 +137,36 @@ def to_many_rows(model: ir.Model, table: Sequence[BreakEven]) -> int:
 
 
 class RowsSession(Session):
-    """Runs a feed of one row by one session, and any other by a second one, loaded when it is first needed.
+    """Runs a feed of few rows by one session, and any other by a second one, loaded when it is first needed.
 
     Args:
-        one: The first.
+        few: The first.
         many: Loads the second.
         rows: Tells the two apart.
     """
 
-    def __init__(self, one: Session, many: Callable[[], Session], rows: Rows) -> None:
-        self._one, self._load, self._rows = one, many, rows
+    def __init__(self, few: Session, many: Callable[[], Session], rows: Rows) -> None:
+        self._few, self._load, self._rows = few, many, rows
         self._many: Session | None = None
 
     @property
     @override
     def inputs(self) -> Sequence[TensorSpec]:
-        return self._one.inputs
+        return self._few.inputs
 
     @property
     @override
     def outputs(self) -> Sequence[TensorSpec]:
-        return self._one.outputs
+        return self._few.outputs
 
     @override
     def run(self, feed: Feed) -> dict[str, Array]:
-        if self._rows.count(feed) <= 1:
-            return self._one.run(feed)
+        if not self._rows.many(feed):
+            return self._few.run(feed)
         if self._many is None:
             self._many = self._load()
         return self._many.run(feed)
 
     @override
     def reset(self) -> None:
-        self._one.reset()
+        self._few.reset()

@@ -148,6 +148,19 @@ def test_the_second_model_is_only_there_where_it_is_faster(tmp_path):
         assert set(artifact.manifest["files"]) == files
 
 
+def test_few_rows_stay_with_the_kernels_that_serve_one(monkeypatch, tmp_path):
+    needed = {1: 0.0, 2: 0.4, 8: 0.5, 128: 0.6}
+    entries = [dataclasses.replace(table(0.0, 0.0)[0], rows=rows, sparsity=share) for rows, share in needed.items()]
+    monkeypatch.setattr(break_even, "table", lambda _: tuple(entries))
+    call = make_call("ThresholdMatMul", 64, 32)
+    artifact = api.compile(dynamic(call, ("n",), 0.5), tmp_path / "artifact")
+    for rows, op in ((1, "ThresholdMatMul"), (8, "ThresholdMatMul"), (9, "MatMul")):
+        given = make_call("ThresholdMatMul", 64, 32, batch=(rows,))
+        assert {t.op_type for t in OrtCpu().node_times(artifact, given.activations, repeat=1)} >= {op}
+    (node,) = [n for n in ir.load(artifact.path / "many.onnx").graph if n.op_type == "MatMul"]
+    assert "from 60% on (more than 8 rows, 64x32 fp32)" in node.metadata_props[LOWERED]
+
+
 def test_the_audit_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(break_even, "table", lambda _: table(0.6, 0.6))
     artifact = api.compile(noted(make_call("ThresholdMatMulInt8", 64, 32), 0.5), tmp_path / "artifact")

@@ -32,7 +32,7 @@ FLOAT = 1e-5
 # For integer weights a kernel rounds inputs to steps of 1/127 of the largest of their chunk, which is less than eight
 # times any of the chunk; errors of rounding have a standard deviation of a step over the root of 12. Where it is the
 # product of input and scale that is rounded (4 bits), at most 64 of them share the step that one of them makes large,
-# which comes to the same.
+# which comes to the same. Tokens at once are rounded in spans of 64, with anything beyond six times the mean apart.
 ROWS = 8 / 127 / math.sqrt(12)
 # The input of an up projection is rounded in blocks of 32, of which the largest alone may be all there is.
 DOTS = math.sqrt(32 / 12) / 127

@@ -60,6 +60,23 @@ def test_a_large_batch(op_type: str, threshold: float) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("batch", [2, 3, 5, 8, 40])
+@pytest.mark.parametrize("op_type", OP_TYPES)
+def test_rows_at_once_are_those_of_other_batches(op_type: str, batch: int) -> None:
+    """Kernels for several rows read the weight once for all of them; no row depends on which the others are."""
+    for variant in range(4):
+        call = make_call(op_type, 150, 2080, batch=(batch,), count=60, variant=variant, f=130)
+        y, names = run(call), set(call.activations) - {"threshold"}
+        assert_close(y, call, tolerance(call))
+        order = np.random.default_rng(variant).permutation(batch)
+        turned = call.with_inputs(**{name: call.inputs[name][order] for name in names})
+        part = call.with_inputs(**{name: call.inputs[name][-2:] for name in names})
+        if op_type in INTEGER:  # float sums take their order from how much is kept
+            np.testing.assert_array_equal(run(turned, threads=2), y[order])
+            np.testing.assert_array_equal(run(part), y[-2:])
+
+
+@needs_library
 @pytest.mark.parametrize("suffix", ["", "Int8", "Int4"])
 def test_weights_large_enough_for_huge_pages(suffix: str) -> None:
     call = make_call(f"ThresholdMatMul{suffix}", 1100, 9 * 1024, threshold=1.0)
@@ -110,6 +127,25 @@ def test_nan_and_infinity_reach_the_output(op_type: str, special: float) -> None
     sound = ~np.isnan(expected[1])
     np.testing.assert_array_equal(y[1][sound], expected[1][sound])
     assert not np.isfinite(y[1]).any()
+
+
+@needs_library
+@pytest.mark.parametrize("special", [np.nan, np.inf, 1e32])
+@pytest.mark.parametrize("batch", [2, 5, 40])
+@pytest.mark.parametrize("op_type", OP_TYPES)
+def test_what_cannot_be_rounded_stays_in_its_row(op_type: str, batch: int, special: float) -> None:
+    call = make_call(op_type, 70, 64, batch=(batch,), count=30)
+    name, row = "A" if "A" in call.inputs else "X", batch // 2
+    spoilt = call.inputs[name].copy()
+    spoilt[row, 7] = special
+    y, spoilt_y = run(call), run(call.with_inputs(**{name: spoilt}))
+    assert np.isfinite(spoilt_y[row]).all() == np.isfinite(special)
+    if op_type in INTEGER:  # float sums take their order from how much is kept
+        others = np.arange(batch) != row
+        np.testing.assert_array_equal(spoilt_y[others], y[others])
+        names = set(call.activations) - {"threshold"}
+        alone = call.with_inputs(**{n: (spoilt if n == name else call.inputs[n])[[row]] for n in names})
+        np.testing.assert_array_equal(spoilt_y[[row]], run(alone))
 
 
 @needs_library

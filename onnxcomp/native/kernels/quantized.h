@@ -49,9 +49,14 @@ inline void sort_by_exponent(const Kept& kept, float* values, std::uint32_t* row
 // Whether the inputs can be rounded to 8 bits: all are finite, and so are their products with scales.
 //
 // `kept` is in order of exponent, so that the first tells. The others are left to the kernels that do not round.
-inline bool can_round(const Kept& kept) {
-  constexpr float kHuge = 1e30f;
-  return kept.count == 0 || std::fabs(kept.values[0]) < kHuge;
+inline constexpr float kHuge = 1e30f;
+inline bool can_round(const Kept& kept) { return kept.count == 0 || std::fabs(kept.values[0]) < kHuge; }
+
+// The same of inputs in any order.
+inline bool can_round_any(const Kept& kept) {
+  bool sound = true;
+  for (std::size_t i = 0; i < kept.count; ++i) sound &= std::fabs(kept.values[i]) < kHuge;
+  return sound;
 }
 
 // Where the chunk that starts at `begin` ends.
