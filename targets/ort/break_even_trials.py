@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,20 @@ SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (2048, 5632), (5632, 2048))
 ROWS = (1, 2, 4, 8, 128)
 
 _LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
-_REPEAT, _REPEAT_MANY = 7, 3  # many rows take long, and their time is that of arithmetic, which varies less
+_REPEAT, _REPEAT_LONG = 7, 3  # what takes long varies less
 _MANY = 8
 _WARM = 1
-_BYTES = 80e6  # weights come from memory, as they do in a model
+_LEAST, _MOST = 80e6, 400e6
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+
+
+def beyond_cache() -> float:
+    """Bytes of weights that do not stay in a processor's cache from one run to the next, but come from memory."""
+    try:
+        kilobytes = int(_CACHE.read_text(encoding="ascii").strip().removesuffix("K"))
+    except (OSError, ValueError):  # no such cache, or no such system
+        kilobytes = 0
+    return min(max(_LEAST, 1.5 * 1024 * kilobytes), _MOST)
 
 
 def clock(threads: int) -> float:
@@ -55,7 +66,7 @@ def measure(
         sessions: dict[bool, _Sessions] = {}
         for count in ROWS if rows is None else rows:
             if (many := count > _MANY) not in sessions:
-                sessions[many] = _sessions(op, kind, inputs, outputs, threads, 0.0 if many else _BYTES)
+                sessions[many] = _sessions(op, kind, inputs, outputs, threads, 0.0 if many else beyond_cache())
             sparse, dense = _times(sessions[many], count, threads)
             for weights, time_taken in dense.items():
                 yield BreakEven(
@@ -89,6 +100,7 @@ class _Sessions:
     sparse: Any
     dense: Mapping[Weights, Any]
     copies: int
+    bytes: float  # of the weights of one
 
 
 def _sessions(op: str, kind: trials.Kind, inputs: int, outputs: int, threads: int, least: float) -> _Sessions:
@@ -103,7 +115,7 @@ def _sessions(op: str, kind: trials.Kind, inputs: int, outputs: int, threads: in
         return make_session(model, session_options(threads=threads, domains=[native.DOMAIN]))
 
     dense = {w: load(make_dense(kind, inputs, outputs, copies, equal=w, any_rows=True)) for w in kind.equal}
-    return _Sessions(load(make_sparse(kind, inputs, outputs, copies, any_rows=True)), dense, copies)
+    return _Sessions(load(make_sparse(kind, inputs, outputs, copies, any_rows=True)), dense, copies, copies * size)
 
 
 def _times(sessions: _Sessions, rows: int, threads: int) -> tuple[list[float], dict[Weights, float]]:
@@ -115,7 +127,8 @@ def _times(sessions: _Sessions, rows: int, threads: int) -> tuple[list[float], d
     limits = [np.quantile(compared, level) if level else -1.0 for level in _LEVELS]
     runs = [(sessions.sparse, limit) for limit in limits] + [(session, 0.0) for session in sessions.dense.values()]
     times: list[list[float]] = [[] for _ in runs]
-    for turn in range(_WARM + (_REPEAT_MANY if rows > _MANY else _REPEAT)):
+    long = rows > _MANY or sessions.bytes > 2 * _LEAST
+    for turn in range(_WARM + (_REPEAT_LONG if long else _REPEAT)):
         for (session, limit), taken in zip(runs, times, strict=True):
             given = {**feed, "threshold": np.asarray(limit, np.float32)}
             start = clock(threads)

@@ -17,7 +17,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(break_even, "cache_path", lambda _: tmp_path / "table.json")
     monkeypatch.setattr("onnxcomp.targets.ort.SHAPES", ((64, 96),))
     monkeypatch.setattr(break_even_trials, "ROWS", (1, 4))
-    monkeypatch.setattr(break_even_trials, "_BYTES", 1e5)
+    monkeypatch.setattr(break_even_trials, "beyond_cache", lambda: 1e5)
 
 
 def test_table(cli, tmp_path):

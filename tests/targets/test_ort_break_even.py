@@ -69,7 +69,7 @@ def test_shares_are_shares():
 def test_measured_for_the_products_of_a_model(model_path, monkeypatch, tmp_path):
     with pytest.raises(GraphError, match="multiples of 32"):
         api.calibrate_target(model=model_path)  # 8 x 32 and 32 x 4
-    monkeypatch.setattr(break_even_trials, "_BYTES", 1e5)
+    monkeypatch.setattr(break_even_trials, "beyond_cache", lambda: 1e5)
     monkeypatch.setattr(break_even_trials, "ROWS", (1, 2))
     monkeypatch.setattr(break_even, "cache_path", lambda _: tmp_path / "table.json")
     found = OrtCpu().calibrate([(64, 96), (96, 64)])
