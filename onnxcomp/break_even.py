@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Weights = Literal["fp32", "int8", "int4"]
+Op = Literal["matmul", "gated_mlp", "nm_matmul"]
 
 AS_ACCURATE: Mapping[str, Weights] = {"fp32": "fp32", "int8": "int8", "int4": "int8"}
 """Weights of sparse kernels to those of the dense op that can take their place at no loss: 4-bit weights of the sparse
@@ -19,17 +20,19 @@ class BreakEven:
     """From which sparsity on a sparse kernel beats a target's fastest dense op.
 
     Attributes:
-        op: `matmul`, one product, or `gated_mlp`, the up and down projections of a gated MLP.
+        op: `matmul`, one product; `gated_mlp`, the up and down projections of a gated MLP; `nm_matmul`, a product with
+            a weight that is N:M sparse.
         weights: Type of the weights.
         dense: Type of the weights of the dense op, whose activations are as exact.
         inputs: Rows of the weight, of the up projection for `gated_mlp`.
         outputs: Its columns.
         rows: Rows of the activations: tokens that are computed at once.
         threads: Threads of a run.
-        sparsity: Share of inputs, or neurons, that has to be dropped: 0 if the kernel always wins, 1 if it never does.
+        sparsity: Share of inputs, or neurons, that has to be dropped, or of weights that has to be zero: 0 if the
+            kernel always wins, 1 if it never does.
     """
 
-    op: Literal["matmul", "gated_mlp"]
+    op: Op
     weights: Weights
     dense: Weights
     inputs: int

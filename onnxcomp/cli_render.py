@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from onnxcomp.profile import Ratio
     from onnxcomp.rewrite import PassReport, Progress
     from onnxcomp.target import Artifact
-    from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact
+    from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact, PatternUse
     from onnxcomp.verbs.sparsity import Density
 
 
@@ -123,9 +123,28 @@ def inspection(found: Inspection, as_json: bool) -> None:
         ("ops", ", ".join(f"{k} {v}" for k, v in size.ops.items())),
     ]
     _table(("", ""), rows)
+    if found.patterns:
+        _patterns(found.patterns)
     if found.selected is not None:
         _table(("node", "op", "module"), list(found.selected))
         _print(f"{len(found.selected)} of {size.nodes} nodes selected")
+
+
+def _patterns(found: Sequence[PatternUse]) -> None:
+    plural = {"matrix": "matrices", "convolution": "convolutions"}
+    rows = [
+        (
+            use.pattern,
+            f"{use.weights} {use.kind if use.weights == 1 else plural[use.kind]}",
+            _size(use.stored_bytes),
+            _size(use.packed_bytes),
+            _size(use.int8_bytes),
+        )
+        for use in found
+    ]
+    _table(("zeros", "weights", "stored", "packed", "packed as int8"), rows)
+    if any(use.kind == "convolution" for use in found):
+        _print("the pass nm_pack packs matrices; nothing packs convolutions")
 
 
 def rewrite_result(result: RewriteResult, as_json: bool) -> None:
@@ -207,7 +226,7 @@ def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
         lines.setdefault(key, {})[entry.rows] = "never" if entry.sparsity >= 1 else f"{entry.sparsity:.0%}"
     header = ("op", "weights", "against", "shape", *(f"{r} row{'s' * (r > 1)}" for r in rows))
     _table(header, [(*key, *(cells.get(r, "") for r in rows)) for key, cells in lines.items()])
-    _print("faster than dense from these shares of dropped inputs on; kept for this machine")
+    _print("faster than dense from these shares of dropped inputs (nm_matmul: zero weights) on; kept for this machine")
 
 
 def artifact(found: Artifact, as_json: bool) -> None:

@@ -63,6 +63,11 @@ def _matmul_nbits(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
     return 0 if data is None or columns is None else math.prod(data) * columns.as_int()
 
 
+def _nm_matmul(node: ir.Node, dims: Mapping[str, int] | int | None) -> int:
+    data, stored = _shape(node, 0, dims), _shape(node, 1, dims)
+    return 0 if data is None or stored is None else math.prod(data[:-1]) * math.prod(stored)
+
+
 _COUNTERS: Mapping[str, MacCounter] = {
     "Conv": _conv,
     "ConvInteger": _conv,
@@ -71,6 +76,8 @@ _COUNTERS: Mapping[str, MacCounter] = {
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
     "MatMulNBits": _matmul_nbits,
+    "NMMatMul": _nm_matmul,
+    "NMMatMulInt8": _nm_matmul,
     # In these a scale and a zero point stand between the two operands.
     "QGemm": partial(_gemm, second=3),
     "QLinearConv": partial(_conv, second=3),

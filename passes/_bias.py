@@ -81,7 +81,8 @@ def set_bias(editor: Editor, bias: Bias, delta: Array) -> Array:
     if stored is None:
         array = constant(bias.value)
         assert array is not None
-        redirect(bias.value, editor.weight(f"{bias.value.name}_noisy", (array + delta).astype(np.float32)), [bias.user])
+        moved = editor.weight(f"{bias.value.name}_noisy", (array + delta).astype(array.dtype))
+        redirect(bias.value, moved, [bias.user])
         return delta
     integers, scale, _ = stored
     old = integers * scale.astype(np.float64)

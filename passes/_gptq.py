@@ -29,7 +29,8 @@ def gptq_round(
     Minimises `(w - q) H (w - q)^T` of each row greedily. With `H = R R^T`, R upper triangular, the error is the squared
     length of `(w - q) R`, whose entry j depends on the columns up to j alone. So the best value of column j, given the
     errors `d` of earlier columns, is `w[j] + sum(d[i] R[i, j]) / R[j, j]`. That is what GPTQ's updates with a factor of
-    the inverse come to, without an inverse and with the weight left alone.
+    the inverse come to, without an inverse and with the weight left alone. What is exactly zero stays so and makes up
+    for nothing, since it is most likely a mask's.
 
     Args:
         weight: Float (..., N, K), N outputs and K inputs; its precision is that of the updates.
@@ -59,7 +60,7 @@ def gptq_round(
         target = wanted[..., part, :] + feed[..., part, :start] @ errors[..., :start, :]
         for j in range(part.start, part.stop):
             near = feed[..., j, None, start:j] @ errors[..., start:j, :]
-            column = target[..., j - start, :] + near[..., 0, :]
+            column = np.where(wanted[..., j, :] == 0.0, 0.0, target[..., j - start, :] + near[..., 0, :])
             codes[..., j, :], values[..., j, :] = quantize(order[..., j], column)
             errors[..., j, :] = wanted[..., j, :] - values[..., j, :]
     back = np.argsort(order, axis=-1)[..., None]

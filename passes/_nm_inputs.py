@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from onnxcomp.errors import CalibrationError
 from onnxcomp.passes._gram import Gram, Window, position_count, rows_of
+from onnxcomp.passes._nm_bias import bias_of
 from onnxcomp.passes._nm_weights import Layer, Reader
 from onnxcomp.rewrite import Context
 from onnxcomp.stats import Group, Observer, finite
@@ -20,7 +21,7 @@ _SLAB = 1 << 24  # elements of patches that are in memory at a time
 
 
 class Squares(Observer):
-    """Mean square of each column of the rows that a linear op reads.
+    """Mean and mean square of each column of the rows that a linear op reads.
 
     Args:
         cut: Window of a Conv.
@@ -31,12 +32,18 @@ class Squares(Observer):
 
     def __init__(self, cut: Window | None) -> None:
         self.cut, self.count = cut, 0
-        self._sum: Array = np.zeros(())
+        self._sums: Array = np.zeros(())
+        self._squares: Array = np.zeros(())
 
     @property
     def mean(self) -> Array:
-        """Float64 (groups, K)."""
-        return self._sum / max(self.count, 1)
+        """Mean, float64 (groups, K)."""
+        return self._sums / max(self.count, 1)
+
+    @property
+    def mean_square(self) -> Array:
+        """Mean square, float64 (groups, K)."""
+        return self._squares / max(self.count, 1)
 
     @override
     def update(self, x: Array) -> None:
@@ -47,7 +54,8 @@ class Squares(Observer):
             for start in range(0, positions, step):
                 part = np.arange(start, min(start + step, positions))
                 rows = rows_of(sample[None], self.cut, [part])[0]
-                self._sum = self._sum + np.square(rows, dtype=np.float64).sum(axis=0)
+                self._sums = self._sums + rows.sum(axis=0, dtype=np.float64)
+                self._squares = self._squares + np.square(rows, dtype=np.float64).sum(axis=0)
                 self.count += len(part)
 
     @override
@@ -55,7 +63,8 @@ class Squares(Observer):
         if other.cut != self.cut:
             raise CalibrationError("cannot merge squares of different windows")
         self.count += other.count
-        self._sum = self._sum + other._sum
+        self._sums = self._sums + other._sums
+        self._squares = self._squares + other._squares
 
     def _size(self, sample: Array) -> int:
         """Elements of all patches of a sample."""
@@ -67,11 +76,14 @@ class Moments:
     """Of the inputs of a layer, columns in the order of `Layer.rows`.
 
     Attributes:
-        squares: Mean square of each input, float64 (groups, K).
-        fit: Second moments to choose weights by, float64 (groups, K, K); None where only squares are known.
-        judge: The same of data that is held out.
+        means: Mean of each input, float64 (groups, K).
+        squares: Mean square of each input, in the same shape.
+        fit: Second moments to choose weights by, float64 (groups, K, K); None where only squares are known. About the
+            means where a bias makes up for these.
+        judge: The same of data that is held out, about the same.
     """
 
+    means: Array
     squares: Array
     fit: Array | None = None
     judge: Array | None = None
@@ -86,12 +98,14 @@ class Observation:
         positions: Of second moments: rows of a sample that are drawn at most.
         memory: Bytes of second moments that are held at a time.
         inputs: Inputs that are observed in one run.
+        biases: Biases make up for what changes of weights shift on average.
     """
 
     products: bool
     positions: int
     memory: int
     inputs: int
+    biases: bool = True
 
     def needs(self, layer: Layer) -> int:
         """Bytes for one input of a layer, those of held-out data included."""
@@ -131,7 +145,8 @@ class Observation:
                 by_value.setdefault(reader.key[0], []).append(made[reader.key])
         context.sweep(model, {name: Group(*observers) for name, observers in by_value.items()})
         for layer in layers:
-            yield layer, _moments(layer, [made[key] for key in dict.fromkeys(r.key for r in layer.readers)])
+            observers = [made[key] for key in dict.fromkeys(r.key for r in layer.readers)]
+            yield layer, _moments(layer, observers, about_mean=self.biases and bias_of(layer) is not None)
 
     def _observer(self, reader: Reader, seed: int) -> Observer:
         if not self.products:
@@ -139,25 +154,26 @@ class Observation:
         return Gram(reader.cut, None, errors=False, positions=self.positions, seed=seed)
 
 
-def _moments(layer: Layer, observers: Sequence[Observer]) -> Moments:
+def _moments(layer: Layer, observers: Sequence[Observer], *, about_mean: bool) -> Moments:
     """Mean over all inputs of a layer."""
     order = layer.order()
-    squares = [o.mean[:, order] for o in observers if isinstance(o, Squares)]
-    if squares:
-        return Moments(squares=np.mean(squares, axis=0))
-    fit, judge = [], []
-    for gram in observers:
-        assert isinstance(gram, Gram)
-        if not gram.held_out.count:
-            raise CalibrationError("it takes two samples or more, since one in four is held out to judge the weights")
-        fit.append(_ordered(gram.fit.about(np.zeros_like(gram.fit.mean)), order))
-        judge.append(_ordered(gram.held_out.about(np.zeros_like(gram.held_out.mean)), order))
-    mean = np.mean(fit, axis=0) if len(fit) > 1 else fit[0]
-    return Moments(
-        squares=np.diagonal(mean, axis1=1, axis2=2),
-        fit=mean,
-        judge=np.mean(judge, axis=0) if len(judge) > 1 else judge[0],
+    if all(isinstance(o, Squares) for o in observers):
+        means, squares = (
+            np.mean([found[:, order] for found in parts], axis=0)
+            for parts in zip(*((o.mean, o.mean_square) for o in observers if isinstance(o, Squares)), strict=True)
+        )
+        return Moments(means=means, squares=squares)
+    grams = [gram for gram in observers if isinstance(gram, Gram)]
+    if not all(gram.held_out.count for gram in grams):
+        raise CalibrationError("it takes two samples or more, since one in four is held out to judge the weights")
+    centers = [gram.fit.mean if about_mean else np.zeros_like(gram.fit.mean) for gram in grams]
+    fit, judge = (
+        np.mean([_ordered(part.about(center), order) for part, center in zip(parts, centers, strict=True)], axis=0)
+        for parts in ([gram.fit for gram in grams], [gram.held_out for gram in grams])
     )
+    means = np.mean([gram.fit.mean[:, order] for gram in grams], axis=0)
+    squares = np.diagonal(fit, axis1=1, axis2=2) + (means**2 if about_mean else 0.0)
+    return Moments(means=means, squares=squares, fit=fit, judge=judge)
 
 
 def _ordered(products: Array, order: Array) -> Array:

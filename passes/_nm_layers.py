@@ -38,16 +38,16 @@ def find_layers(
     for node in all_nodes(model):
         if (node.op_type, node.domain) == ("MatMulNBits", "com.microsoft") and where(node):
             edits.append(refused(node, "its weight is packed in blocks already; nm_mask goes before weight_only"))
-        elif node.op_type == "Gather" and where(node) and _is_table(node):
+        elif node.op_type == "Gather" and where(node) and is_table(node):
             edits.append(refused(node, "it looks up rows of an embedding, along which nothing is summed"))
         elif node.op_type in ("Conv", "Gemm", "MatMul") and node.domain in _STANDARD:
-            found = _read(model, node)
+            found = read_layer(model, node)
             if isinstance(found, str):
                 edits += [refused(node, found)] if where(node) else []
                 continue
             layer = layers.setdefault(found.value, found)
             layer.readers += [Reader(node=node, cut=window(node, found.shape[2:]))]
-            if _form(layer) != _form(found):
+            if form_of(layer) != form_of(found):
                 layer.reason = "nodes read its weight along different axes, so no groups serve all of them"
     special = {} if include_ends else ends(model)
     for layer in layers.values():
@@ -57,11 +57,11 @@ def find_layers(
     return [layer for layer in layers.values() if not layer.reason], edits
 
 
-def _form(layer: Layer) -> tuple[object, ...]:
+def form_of(layer: Layer) -> tuple[object, ...]:
     return layer.outputs_first, layer.groups, layer.dequantize
 
 
-def _read(model: ir.Model, node: ir.Node) -> Layer | str:
+def read_layer(model: ir.Model, node: ir.Node) -> Layer | str:
     """The constant that an op multiplies by, or why there is none of use."""
     if not in_main_graph(model, node):
         return "it stands in a subgraph or function; only layers of the main graph are made sparse"
@@ -108,7 +108,7 @@ def _objection(
         if node in layer.nodes:
             who = "it" if len(layer.readers) == 1 else f"{node.op_type} {node.name!r}, which reads its weight, too,"
             return f"{who} {what}; include_ends = true makes it sparse, too"
-    for reader in _readers(layer.value):
+    for reader in readers_of(layer.value):
         other = f"{reader.op_type} {reader.name!r}"
         if reader.op_type == "Gather" and reader not in layer.nodes:
             if not include_ends:
@@ -122,17 +122,17 @@ def _objection(
     return ""
 
 
-def _readers(value: ir.Value) -> Iterator[ir.Node]:
+def readers_of(value: ir.Value) -> Iterator[ir.Node]:
     """Nodes that read a constant, itself or transposed or dequantized."""
     for node in users(value):
         hidden = node.op_type == "DequantizeLinear" or _is_transpose(node)
         if hidden and not node.outputs[0].is_graph_output():
-            yield from _readers(node.outputs[0])
+            yield from readers_of(node.outputs[0])
         else:
             yield node
 
 
-def _is_table(node: ir.Node) -> bool:
+def is_table(node: ir.Node) -> bool:
     """Whether a Gather looks up rows of a float matrix."""
     tensor = None if node.inputs[0] is None else _tensor(node.inputs[0])
     return tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) == 2

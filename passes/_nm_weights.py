@@ -72,6 +72,11 @@ class Layer:
         return self.shape[1 if self.outputs_first else 0]
 
     @property
+    def outputs(self) -> int:
+        """N."""
+        return self.shape[0 if self.outputs_first else 1]
+
+    @property
     def columns(self) -> int:
         """K, inputs of an output."""
         return self.channels * self.taps

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import override
 
 from onnxcomp.edit import Editor
 from onnxcomp.passes._disk_weights import Spool
+from onnxcomp.passes._nm_bias import bias_of, correct
+from onnxcomp.passes._nm_budget import affordable, loss
 from onnxcomp.passes._nm_choice import Chooser
 from onnxcomp.passes._nm_inputs import Moments, Observation
 from onnxcomp.passes._nm_layers import find_layers
@@ -30,8 +32,8 @@ class NmMask(Pass):
     graph stays what it is and the zeros are plain zeros, in integer weights the zero point; what packs and skips them
     comes later. A matrix whose inputs do not divide into groups is treated as if it were padded with zeros; a Conv is
     refused there. Symmetric integers keep the zeros if the model is quantized afterwards, as do zero points that are
-    integers. `gptq` and `reconstruct` would fill them again, so they leave layers alone that were masked; `weight_only`
-    with `method = "gptq"` does not know of them. A weight that has the pattern already is left as it is.
+    integers, and so does `weight_only`. `gptq` and `reconstruct` would fill them again, so they leave layers alone that
+    were masked. A weight that has the pattern already is left as it is.
 
     Attributes:
         pattern: "N:M", so many of so many consecutive weights stay.
@@ -42,6 +44,10 @@ class NmMask(Pass):
             with wanda's mask gets that one.
         reconstruct: Weights that stay are set by least squares to what keeps the output of the layer. Judged likewise,
             output by output. Takes one system of equations an output, of as many unknowns as weights stay in a row.
+        share: Of the weights that could be made sparse, at most so many are: those of the layers whose outputs lose
+            least, as the method's scores and the norms of inputs tell. The others stay dense.
+        bias_correction: A constant bias takes in what the change of the weight shifts outputs by on average. Without
+            data there is none.
         include_ends: Treats what is left alone otherwise: convolutions that see the inputs of the model, layers behind
             which no other layer comes, such as a classifier or the output layer of a language model, and tables that
             are looked up as well.
@@ -60,6 +66,8 @@ class NmMask(Pass):
     pattern: str = "2:4"
     method: Method = "sparsegpt"
     reconstruct: bool = False
+    bias_correction: bool = True
+    share: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
     include_ends: bool = False
     damp: Annotated[float, Gt(0.0)] = 0.01
     block: Annotated[int, Ge(1)] = 128
@@ -79,6 +87,15 @@ class NmMask(Pass):
             reason = self._objection(layer, pattern)
             edits += [refused(node, reason) for node in layer.nodes if reason]
             layers += [] if reason else [layer]
+        if self.share < 1.0:
+            losses = self._losses(model, context, layers, pattern)
+            layers = [layer for layer in layers if layer in affordable(losses, self.share)]
+            edits += [
+                refused(node, f"stays dense, since its output would lose {lost:.1%} and share is {self.share:g}")
+                for layer, lost in losses.items()
+                if layer not in layers
+                for node in layer.nodes
+            ]
         chooser = Chooser(
             pattern=pattern, method=self.method, reconstruct=self.reconstruct, damp=self.damp, block=self.block
         )
@@ -87,6 +104,9 @@ class NmMask(Pass):
             on_disk = isinstance(layer.value.const_value, ir.ExternalTensor | ir.LazyTensor)
             stored = layer.read()
             choice = chooser.choose(stored, moments)
+            bias = bias_of(layer) if self.bias_correction and moments is not None else None
+            if bias is not None and moments is not None:
+                correct(editor, layer, bias, stored.weight - choice.rows, moments.means)
             stored.write(editor, choice.rows, choice.mask)
             if on_disk:
                 spool.take(layer.value)
@@ -95,6 +115,15 @@ class NmMask(Pass):
                 mark_chosen(node, self.name)
                 edits.append(applied(node, f"{pattern} by {self.method}{shared}; {choice.detail}"))
         return edits
+
+    def _losses(
+        self, model: ir.Model, context: Context, layers: Sequence[Layer], pattern: Pattern
+    ) -> dict[Layer, float]:
+        """What the output of each layer loses, all observed in the model as it comes."""
+        found: Iterator[tuple[Layer, Moments | None]] = ((layer, None) for layer in layers)
+        if self.method != "magnitude":
+            found = replace(self._observation, products=False).run(model, context, layers)
+        return {layer: loss(layer, moments, self.method, pattern) for layer, moments in found}
 
     def _observed(
         self, model: ir.Model, context: Context, layers: Sequence[Layer]
@@ -113,6 +142,7 @@ class NmMask(Pass):
             positions=self.positions,
             memory=self.memory_mb << 20,
             inputs=self.inputs_per_run,
+            biases=self.bias_correction,
         )
 
     def _objection(self, layer: Layer, pattern: Pattern) -> str:

@@ -1,11 +1,12 @@
-"""Times decoding with a large decoder of random weights, dense and with activation sparsity set by construction.
+"""Times decoding with a large decoder of random weights, dense and with sparsity set by construction.
 
     python -m examples.llm.synthetic [--layers 22] [--method teal] [--sparsity 0.5 0.7 0.9] [--weights int8 int4]
-        [--context 128] [--repeat 30] [--threads 1]
+        [--patterns 2:4 1:4] [--context 128] [--repeat 30] [--threads 1]
 
 The decoder has the sizes of TinyLlama-1.1B, so that its weights come from memory: 1.0 GB in 8 bits with 22 layers. What
 it writes is noise; how much of each activation is dropped is what its thresholds were calibrated to, and is measured
-again. Times are medians of interleaved runs, of the CPU with one thread; ratios are medians of ratios.
+again. With `--patterns`, models with N:M weights in 8 bits as well: all but the output layer.
+Times are medians of interleaved runs, of the CPU with one thread; ratios are medians of ratios.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from examples.llm.generate import BoundModel
 from examples.llm.model import Config, build
 from onnxcomp import api, native
 from onnxcomp.model import load, save
+from onnxcomp.passes.nm_mask import NmMask
+from onnxcomp.passes.nm_pack import NmPack
 from onnxcomp.passes.threshold import Threshold
 from onnxcomp.passes.weight_only import WeightOnly
 from onnxcomp.rewrite import Pass
@@ -93,7 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.llm.synthetic", description=__doc__)
     parser.add_argument("--layers", type=int, default=TINY_LLAMA.layers)
     parser.add_argument("--method", default="teal", choices=("teal", "cats"), help="cats: feed-forward blocks only")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--sparsity", nargs="*", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--patterns", nargs="*", default=[], help="N:M weights, such as 1:4")
     parser.add_argument("--weights", nargs="+", default=["int8", "int4"], choices=("int8", "int4"))
     parser.add_argument("--context", type=int, default=128, help="tokens in the cache")
     parser.add_argument("--repeat", type=int, default=30)
@@ -121,6 +125,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             name = f"{options.method} {share:.0%} {weights}"
             paths[name] = rewritten(folder / "float.onnx", [step, rest], feeds, folder)
             print(f"{name}: a new token drops {dropped(load(paths[name]), token):.1%}", flush=True)
+    for pattern in options.patterns:
+        steps = [NmMask(pattern=pattern, method="magnitude"), NmPack(values="int8"), WeightOnly(bits=8, method="rtn")]
+        paths[f"{pattern} int8"] = rewritten(folder / "float.onnx", steps, feeds, folder)
     (folder / "float.onnx").unlink()
     times(paths, options, rng)
 

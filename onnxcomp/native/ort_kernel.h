@@ -171,7 +171,7 @@ ort::Status* parallel_for(const ort::Api* api, const ort::KernelContext* context
 }
 
 // Gives output 0 the shape of input `like` with its last axis replaced by the last of input `weight` times `factor`; by
-// nothing if `weight` is `like`.
+// nothing if `weight` is `like`. A weight is a matrix, or a vector with one element a column.
 inline ort::Status* infer_product(const ort::Api* api, ort::ShapeInferContext* context, std::size_t like,
                                   std::size_t weight, std::int64_t factor) {
   ort::TensorTypeAndShapeInfo *x = nullptr, *w = nullptr;
@@ -181,15 +181,16 @@ inline ort::Status* infer_product(const ort::Api* api, ort::ShapeInferContext* c
   ONNXCOMP_RETURN_IF_ERROR(read_shape(api, x, &xs));
   ONNXCOMP_RETURN_IF_ERROR(read_shape(api, w, &ws));
   // The runtime shows an unknown rank as rank 0; then there is nothing to infer.
-  if (xs.rank == 0 || (weight != like && ws.rank != 2)) return nullptr;
+  if (xs.rank == 0 || (weight != like && ws.rank != 1 && ws.rank != 2)) return nullptr;
   const char* names[kMaxRank] = {};
   const char* w_names[kMaxRank] = {};
   ONNXCOMP_RETURN_IF_ERROR(call<ort::GetSymbolicDimensions>(api, x, static_cast<const char**>(names), xs.rank));
   ONNXCOMP_RETURN_IF_ERROR(call<ort::GetSymbolicDimensions>(api, w, static_cast<const char**>(w_names), ws.rank));
   if (weight != like) {
-    const bool known = ws.dims[1] >= 0;
-    xs.dims[xs.rank - 1] = known ? ws.dims[1] * factor : -1;
-    names[xs.rank - 1] = !known && factor == 1 ? w_names[1] : "";
+    const std::size_t last = ws.rank - 1;
+    const bool known = ws.dims[last] >= 0;
+    xs.dims[xs.rank - 1] = known ? ws.dims[last] * factor : -1;
+    names[xs.rank - 1] = !known && factor == 1 ? w_names[last] : "";
   }
   // The runtime would take an axis without length and name for one of length -1.
   for (std::size_t i = 0; i < xs.rank; ++i) {

@@ -1,5 +1,6 @@
 // The domain `onnxcomp.native` of custom ops for ONNX Runtime on the CPU: the list of its ops, and their registration.
 
+#include "ort_nm.h"
 #include "ort_sparse.h"
 
 namespace {
@@ -24,6 +25,8 @@ ONNXCOMP_NAME(GatedMLPInt8);
 ONNXCOMP_NAME(GatedMLPInt4);
 ONNXCOMP_NAME(KeepAbove);
 ONNXCOMP_NAME(KeepLargest);
+ONNXCOMP_NAME(NMMatMul);
+ONNXCOMP_NAME(NMMatMulInt8);
 
 const ort::CustomOp kOps[] = {
     describe<SparseMatMul<NamedThresholdMatMul, RowsF32, AboveThreshold>>(),
@@ -37,6 +40,8 @@ const ort::CustomOp kOps[] = {
     describe<GatedMlp<NamedGatedMLPInt4, DotsInt4, RowsInt4>>(),
     describe<Keep<NamedKeepAbove, AboveThreshold>>(),
     describe<Keep<NamedKeepLargest, Largest>>(),
+    describe<NmMatMul<NamedNMMatMul, NmFloat>>(),
+    describe<NmMatMul<NamedNMMatMulInt8, NmInt8>>(),
 };
 
 ort::Status* add_ops(const ort::Api* api, ort::CustomOpDomain* domain) {

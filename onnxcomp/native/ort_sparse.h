@@ -2,13 +2,11 @@
 
 #pragma once
 
-#include "huge_pages.h"
 #include "ort_formats.h"
+#include "ort_op.h"
 
 namespace onnxcomp {
 
-// Below this many multiply-adds waking a thread costs more than it saves (about 4 us of work).
-inline constexpr std::size_t kSerial = std::size_t{1} << 16;
 // Columns a task: whole cache lines, and a part of y that stays in the first-level cache. A row of W is read in runs of
 // this length, and shorter ones waste bandwidth (1024 cost fp32 a fifth); the runtime does not tell how many threads it
 // has.
@@ -140,46 +138,16 @@ inline ort::Status* multiply_dense(const ort::Api* api, const ort::KernelContext
   return parallel_for(api, context, (columns + kStep - 1) / kStep, true, work);
 }
 
-// What the ops have in common: their inputs, read in order, and the choice of kernels.
-template <typename Op, std::size_t Inputs>
-class SparseOp {
- public:
-  static constexpr std::size_t kInputs = Inputs;
-
- protected:
-  explicit SparseOp(const ort::Api* api) : api_(api) {}
-
-  ort::Status* fail(Problem problem) const { return invalid(api_, Op::kName, problem); }
-  ort::Status* read(const ort::KernelContext* context, Tensor* in) const {
-    for (std::size_t i = 0; i < Inputs; ++i) ONNXCOMP_RETURN_IF_ERROR(read_input(api_, context, i, in + i));
-    return nullptr;
-  }
-  // Rows picked at random are slow to read from small pages, since the processor has to look up where each of them is.
-  static void ask_for_huge_pages(const ort::Api* api, const ort::KernelInfo* info) {
-    for (std::size_t i = 0; i < Inputs; ++i) {
-      Tensor tensor;
-      if (ort::Status* status = read_constant(api, info, i, &tensor)) {
-        call<ort::ReleaseStatus>(api, status);
-      } else if (tensor.data != nullptr) {
-        move_to_huge_pages(tensor.data, tensor.shape.count() * (tensor.type == ort::ElementType::kFloat ? 4 : 1));
-      }
-    }
-  }
-  static bool exact(const ort::Api* api, const ort::KernelInfo* info) { return attribute(api, info, "exact", 0) != 0; }
-
-  const ort::Api* api_;
-};
-
 // X [..., K], the weight [K, N], inputs of the selection -> Y [..., N].
 template <typename Name, typename Rows, typename Selection>
 class SparseMatMul
-    : public SparseOp<SparseMatMul<Name, Rows, Selection>, 1 + Rows::Matrix::kInputs + Selection::kInputs> {
+    : public OpBase<SparseMatMul<Name, Rows, Selection>, 1 + Rows::Matrix::kInputs + Selection::kInputs> {
  public:
   using Matrix = typename Rows::Matrix;
   static constexpr const char* kName = Name::kName;
 
   SparseMatMul(const ort::Api* api, const ort::KernelInfo* info)
-      : SparseMatMul::SparseOp(api), rows_(choose_isa(), this->exact(api, info)), selection_(api, info) {
+      : SparseMatMul::OpBase(api), rows_(choose_isa(), this->exact(api, info)), selection_(api, info) {
     this->ask_for_huge_pages(api, info);
   }
 
@@ -257,11 +225,11 @@ class SparseMatMul
 // X [..., K], inputs of the selection -> X with zeros in place of what is not selected. In front of dense products it does
 // what the ops above do.
 template <typename Name, typename Selection>
-class Keep : public SparseOp<Keep<Name, Selection>, 1 + Selection::kInputs> {
+class Keep : public OpBase<Keep<Name, Selection>, 1 + Selection::kInputs> {
  public:
   static constexpr const char* kName = Name::kName;
 
-  Keep(const ort::Api* api, const ort::KernelInfo* info) : Keep::SparseOp(api), selection_(api, info) {}
+  Keep(const ort::Api* api, const ort::KernelInfo* info) : Keep::OpBase(api), selection_(api, info) {}
 
   static ort::ElementType input_type(std::size_t) { return ort::ElementType::kFloat; }
 
@@ -299,7 +267,7 @@ class Keep : public SparseOp<Keep<Name, Selection>, 1 + Selection::kInputs> {
 // A [..., F], X [..., K], U [F, K], D [F, N], threshold -> Y [..., N].
 template <typename Name, typename Dots, typename Rows>
 class GatedMlp
-    : public SparseOp<GatedMlp<Name, Dots, Rows>, 3 + Dots::Matrix::kInputs + Rows::Matrix::kInputs> {
+    : public OpBase<GatedMlp<Name, Dots, Rows>, 3 + Dots::Matrix::kInputs + Rows::Matrix::kInputs> {
  public:
   using Up = typename Dots::Matrix;
   using Down = typename Rows::Matrix;
@@ -307,7 +275,7 @@ class GatedMlp
   static constexpr std::size_t kUp = 2, kDown = kUp + Up::kInputs, kThreshold = kDown + Down::kInputs;
 
   GatedMlp(const ort::Api* api, const ort::KernelInfo* info)
-      : GatedMlp::SparseOp(api),
+      : GatedMlp::OpBase(api),
         dots_(choose_isa(), this->exact(api, info)),
         rows_(choose_isa(), this->exact(api, info)),
         selection_(api, info) {

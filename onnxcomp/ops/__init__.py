@@ -9,6 +9,8 @@ To use one in a pass: `OPS["ThresholdMatMul"].install(model)`, then add a node o
 
 Attributes: `one_sided` (default 0) compares a value instead of its magnitude. Ops with integer weights take `exact`
 (default 0): kernels may round activations to 8 bits unless it is 1. The bodies never round.
+
+`OPS` leave out activations; `NM_OPS` have weights without the zeros of an N:M pattern (`pack_nm`, `unpack_nm`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from types import MappingProxyType
 
 from onnxcomp.ops._gated_mlp import gated_mlp, gated_mlp_op
 from onnxcomp.ops._matmul import threshold_matmul, threshold_op, topk_matmul, topk_op
+from onnxcomp.ops._nm import nm_int8_op, nm_matmul, nm_op
+from onnxcomp.ops._nm_packing import LARGEST_GROUP, index_bits, pack_nm, unpack_nm
+from onnxcomp.ops._nm_patterns import keeps_to, packed_bytes, smallest_pattern
 from onnxcomp.ops._op import DOMAIN, MIN_OPSET, VERSION, PortableOp
 from onnxcomp.ops._weights import FORMATS, GROUP, Format
 
@@ -25,21 +30,33 @@ __all__ = [
     "DOMAIN",
     "FORMATS",
     "GROUP",
+    "LARGEST_GROUP",
     "MIN_OPSET",
+    "NM_OPS",
     "OPS",
     "SPARSITY",
     "VERSION",
     "Format",
     "PortableOp",
     "gated_mlp",
+    "index_bits",
+    "keeps_to",
+    "nm_matmul",
+    "pack_nm",
+    "packed_bytes",
+    "smallest_pattern",
     "threshold_matmul",
     "topk_matmul",
+    "unpack_nm",
 ]
 
 OPS: Mapping[str, PortableOp] = MappingProxyType(
     {op.name: op for make in (threshold_op, topk_op, gated_mlp_op) for op in map(make, FORMATS)}
 )
-"""Name to portable op."""
+"""Name to portable op that leaves out inputs."""
+
+NM_OPS: Mapping[str, PortableOp] = MappingProxyType({op.name: op for op in (nm_op(), nm_int8_op())})
+"""Name to portable op whose weight is N:M sparse. Apart from `OPS`, since its weight has no format of theirs."""
 
 SPARSITY = "onnxcomp.sparsity"
 """Metadata of a node: the share of its inputs that is dropped, 0 to 1, as calibration saw it."""

@@ -11,6 +11,7 @@ from onnxcomp.opset import opset
 from onnxcomp.recipe import builtin_recipes, load_recipe
 from onnxcomp.registry import PASSES, TARGETS, load_pass, load_target, names
 from onnxcomp.select import Select, module_paths
+from onnxcomp.verbs.patterns import find_patterns
 from onnxcomp.verbs.resolve import ModelLike, Shapes, file_bytes, load_model
 from onnxcomp.verbs.results import Inspection
 
@@ -39,6 +40,7 @@ def inspect(model: ModelLike, *, select: Select | None = None, shapes: Shapes | 
         dynamic=_dynamic(loaded),
         size=model_size(loaded),
         kind=classify(loaded),
+        patterns=find_patterns(loaded),
         selected=selected,
     )
 
@@ -60,9 +62,9 @@ def list_recipes() -> dict[str, str]:
 
 def list_ops() -> dict[str, str]:
     """Portable op to its summary."""
-    from onnxcomp.ops import OPS
+    from onnxcomp.ops import NM_OPS, OPS
 
-    return {f"onnxcomp::{name}": op.summary for name, op in OPS.items()}
+    return {f"onnxcomp::{name}": op.summary for name, op in {**OPS, **NM_OPS}.items()}
 
 
 def doctor() -> list[Diagnosis]:

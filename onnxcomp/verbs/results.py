@@ -25,6 +25,28 @@ _NEAR_DB = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatternUse:
+    """Weights that keep to an N:M pattern along the axis that is summed over.
+
+    Attributes:
+        pattern: "N:M", in which they take the fewest bytes.
+        kind: `matrix` for weights of MatMul and Gemm; `convolution`, whose channels are grouped, and which no pass
+            packs.
+        weights: How many there are.
+        stored_bytes: As they are stored.
+        packed_bytes: Packed, with values of the type that they have.
+        int8_bytes: Packed, with values of 8 bits and a float32 scale for every output.
+    """
+
+    pattern: str
+    kind: str
+    weights: int
+    stored_bytes: int
+    packed_bytes: int
+    int8_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """What a model is made of.
 
@@ -38,6 +60,7 @@ class Inspection:
         dynamic: Input name to the axes whose size is open; they are fixed with `shapes`.
         size: Nodes, weights, multiply-accumulates.
         kind: What kind of model it is; `auto` chooses the recipe by it.
+        patterns: N:M patterns of zeros, largest weights first.
         selected: Name, op type and module path of every node that the selector takes; None without a selector.
     """
 
@@ -50,6 +73,7 @@ class Inspection:
     dynamic: Mapping[str, tuple[int, ...]]
     size: ModelSize
     kind: Kind
+    patterns: tuple[PatternUse, ...] = ()
     selected: tuple[tuple[str, str, str], ...] | None = None
 
 

@@ -19,6 +19,7 @@ from onnxcomp.targets.ort.capabilities import capabilities
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
 from onnxcomp.targets.ort.lowering import NativeOps
 from onnxcomp.targets.ort.manifest import MANY, MODEL
+from onnxcomp.targets.ort.nm_lowering import NativeNm
 from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
 from onnxcomp.targets.ort.rows import Rows, RowsSession
 from onnxcomp.targets.ort.runtime import make_session, session_options
@@ -39,7 +40,7 @@ class OrtCpu(Target):
 
     def lowering(self) -> Sequence[Pass]:
         """Portable ops to native ones; Q/DQ pairs stay, since they are what onnxruntime fuses."""
-        return (NativeOps(),)
+        return (NativeOps(), NativeNm())
 
     def compile(self, model: ir.Model, out: Path) -> Artifact:
         """Compiles a model into the folder `out`, replacing an artifact that is there; `model` stays as it is.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import native
-from onnxcomp.break_even import BreakEven, Weights
+from onnxcomp.break_even import BreakEven, Op, Weights
 from onnxcomp.target import Array
 from onnxcomp.targets.ort import trials
 from onnxcomp.targets.ort.runtime import make_session, session_options
@@ -20,6 +20,7 @@ SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (2048, 5632), (5632, 2048))
 ROWS = (1, 2, 4, 8, 128)
 
 _LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
+_PATTERNS = (2, 1)  # of four weights stored
 _REPEAT, _REPEAT_LONG = 7, 3  # what takes long varies less
 _MANY = 8
 _WARM = 1
@@ -56,28 +57,28 @@ def measure(
         threads: Threads of a run.
         progress: Told how many of how many cases are measured.
     """
-    cases = [
-        (op, kind, shape)
-        for shape in dict.fromkeys(shapes)
-        for op in ("matmul", *(("gated_mlp",) if shape[0] < shape[1] and shape[::-1] in shapes else ()))
-        for kind in trials.KINDS.values()
-    ]
+    cases: list[tuple[Op, trials.Kind, tuple[int, int]]] = []
+    for shape in dict.fromkeys(shapes):
+        mlp = shape[0] < shape[1] and shape[::-1] in shapes
+        for kind in trials.KINDS.values():
+            cases += [("matmul", kind, shape)]
+            cases += [("gated_mlp", kind, shape)] if mlp else []
+            cases += [("nm_matmul", kind, shape)] if kind.name != "int4" else []
     for index, (op, kind, (inputs, outputs)) in enumerate(cases):
         sessions: dict[bool, _Sessions] = {}
         for count in ROWS if rows is None else rows:
             if (many := count > _MANY) not in sessions:
                 sessions[many] = _sessions(op, kind, inputs, outputs, threads, 0.0 if many else beyond_cache())
-            sparse, dense = _times(sessions[many], count, threads)
-            for weights, time_taken in dense.items():
+            for weights, sparsity in _break_even(op, sessions[many], count, threads).items():
                 yield BreakEven(
-                    op="gated_mlp" if op == "gated_mlp" else "matmul",
+                    op=op,
                     weights=kind.name,
                     dense=weights,
                     inputs=inputs,
                     outputs=outputs,
                     rows=count,
                     threads=threads,
-                    sparsity=round(crossing(_LEVELS, sparse, time_taken), 3),
+                    sparsity=sparsity,
                 )
         if progress:
             progress(index + 1, len(cases))
@@ -97,35 +98,54 @@ def crossing(levels: Sequence[float], sparse: Sequence[float], dense: float) -> 
 
 @dataclass(frozen=True)
 class _Sessions:
-    sparse: Any
+    sparse: Sequence[Any]  # one for all levels of sparsity, or one for each pattern
     dense: Mapping[Weights, Any]
     copies: int
-    bytes: float  # of the weights of one
+    bytes: float  # of the dense weights of one
 
 
-def _sessions(op: str, kind: trials.Kind, inputs: int, outputs: int, threads: int, least: float) -> _Sessions:
+def _sessions(op: Op, kind: trials.Kind, inputs: int, outputs: int, threads: int, least: float) -> _Sessions:
     """Sessions of two products or more, whose weights have `least` bytes."""
     size = (2 if op == "gated_mlp" else 1) * inputs * outputs * kind.size
     copies = max(2, round(least / size))
-    mlp = op == "gated_mlp"
-    make_dense = trials.dense_mlp if mlp else trials.dense_matmul
-    make_sparse = trials.gated_mlp if mlp else trials.threshold_matmul
+    make_dense = trials.dense_mlp if op == "gated_mlp" else trials.dense_matmul
 
     def load(model: bytes) -> Any:
         return make_session(model, session_options(threads=threads, domains=[native.DOMAIN]))
 
     dense = {w: load(make_dense(kind, inputs, outputs, copies, equal=w, any_rows=True)) for w in kind.equal}
-    return _Sessions(load(make_sparse(kind, inputs, outputs, copies, any_rows=True)), dense, copies, copies * size)
+    if op == "nm_matmul" and kind.name != "int4":
+        models = [trials.nm_matmul(kind.name, kept, inputs, outputs, copies, any_rows=True) for kept in _PATTERNS]
+    else:
+        make_sparse = trials.gated_mlp if op == "gated_mlp" else trials.threshold_matmul
+        models = [make_sparse(kind, inputs, outputs, copies, any_rows=True)]
+    return _Sessions([load(model) for model in models], dense, copies, copies * size)
 
 
-def _times(sessions: _Sessions, rows: int, threads: int) -> tuple[list[float], dict[Weights, float]]:
-    """Seconds of our session at each level of sparsity, and of the dense ones, interleaved; lower quartiles."""
+def _break_even(op: Op, sessions: _Sessions, rows: int, threads: int) -> dict[Weights, float]:
+    """The level of sparsity from which on ours is faster, for each type of dense weights."""
     rng = np.random.default_rng(0)
-    shapes = {i.name: (sessions.copies * rows, i.shape[1]) for i in sessions.sparse.get_inputs() if i.shape}
+    shapes = {i.name: (sessions.copies * rows, i.shape[1]) for i in sessions.sparse[0].get_inputs() if i.shape}
     feed = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    if op == "nm_matmul":
+        times, dense = _times(sessions, feed, [(session, 0.0) for session in sessions.sparse], rows, threads)
+        patterns = [1 - kept / 4 for kept in _PATTERNS]
+        # Nothing lies between two patterns.
+        return {
+            weights: next((p for p, ours in zip(patterns, times, strict=True) if ours < taken), 1.0)
+            for weights, taken in dense.items()
+        }
     compared: Array = np.abs(feed.get("gates", feed["x"]))
-    limits = [np.quantile(compared, level) if level else -1.0 for level in _LEVELS]
-    runs = [(sessions.sparse, limit) for limit in limits] + [(session, 0.0) for session in sessions.dense.values()]
+    limits = [float(np.quantile(compared, level)) if level else -1.0 for level in _LEVELS]
+    times, dense = _times(sessions, feed, [(sessions.sparse[0], limit) for limit in limits], rows, threads)
+    return {weights: round(crossing(_LEVELS, times, taken), 3) for weights, taken in dense.items()}
+
+
+def _times(
+    sessions: _Sessions, feed: Mapping[str, Array], sparse: Sequence[tuple[Any, float]], rows: int, threads: int
+) -> tuple[list[float], dict[Weights, float]]:
+    """Seconds of ours with each threshold, and of the dense sessions, interleaved; lower quartiles."""
+    runs = [*sparse, *((session, 0.0) for session in sessions.dense.values())]
     times: list[list[float]] = [[] for _ in runs]
     long = rows > _MANY or sessions.bytes > 2 * _LEAST
     for turn in range(_WARM + (_REPEAT_LONG if long else _REPEAT)):
@@ -136,4 +156,4 @@ def _times(sessions: _Sessions, rows: int, threads: int) -> tuple[list[float], d
             if turn >= _WARM:
                 taken.append(clock(threads) - start)
     found = [float(np.percentile(taken, 25)) for taken in times]
-    return found[: len(_LEVELS)], dict(zip(sessions.dense, found[len(_LEVELS) :], strict=True))
+    return found[: len(sparse)], dict(zip(sessions.dense, found[len(sparse) :], strict=True))

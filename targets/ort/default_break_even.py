@@ -6,11 +6,10 @@ One row at a time it is the more cautious of that and of Zen 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from onnxcomp.break_even import BreakEven, Weights
+from onnxcomp.break_even import BreakEven, Op, Weights
 
-_Case = tuple[Literal["matmul", "gated_mlp"], Weights, Weights, int, int]
+_Case = tuple[Op, Weights, Weights, int, int]
 
 # Op, sparse and dense weights, inputs and outputs; rows to sparsity.
 _MEASURED: Mapping[_Case, Mapping[int, float]] = {
@@ -42,6 +41,16 @@ _MEASURED: Mapping[_Case, Mapping[int, float]] = {
     ("matmul", "int8", "int8", 5632, 2048): {1: 0.0, 2: 0.0, 4: 0.0, 8: 0.0, 128: 0.0},
     ("matmul", "int4", "int8", 5632, 2048): {1: 0.0, 2: 0.0, 4: 0.0, 8: 0.0, 128: 0.77},
     ("matmul", "int4", "int4", 5632, 2048): {1: 0.0, 2: 0.0, 4: 0.0, 8: 0.0, 128: 0.0},
+    ("nm_matmul", "fp32", "fp32", 576, 1536): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.75},
+    ("nm_matmul", "fp32", "fp32", 1536, 576): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.75},
+    ("nm_matmul", "fp32", "fp32", 2048, 2048): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.75},
+    ("nm_matmul", "fp32", "fp32", 2048, 5632): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.75},
+    ("nm_matmul", "fp32", "fp32", 5632, 2048): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.75},
+    ("nm_matmul", "int8", "int8", 576, 1536): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
+    ("nm_matmul", "int8", "int8", 1536, 576): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
+    ("nm_matmul", "int8", "int8", 2048, 2048): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
+    ("nm_matmul", "int8", "int8", 2048, 5632): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
+    ("nm_matmul", "int8", "int8", 5632, 2048): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
 }
 
 DEFAULT = tuple(

@@ -135,8 +135,8 @@ class _Product:
         self.op_type, self.domain = "MatMulNBits", MICROSOFT
         self.attributes = {"K": rows, "N": columns, "bits": 8, "block_size": DENSE_BLOCK, "accuracy_level": 4}
         self.weights = [
-            _later(editor, f"{name}_blocks", lambda: stored()[0], ir.DataType.UINT8, (columns, blocks, DENSE_BLOCK)),
-            _later(editor, f"{name}_scales", lambda: stored()[1], ir.DataType.FLOAT, (columns, blocks)),
+            later(editor, f"{name}_blocks", lambda: stored()[0], ir.DataType.UINT8, (columns, blocks, DENSE_BLOCK)),
+            later(editor, f"{name}_scales", lambda: stored()[1], ir.DataType.FLOAT, (columns, blocks)),
         ]
 
 
@@ -149,11 +149,7 @@ def _stored(format: Format, parts: list[ir.Value | None], *, turned: bool) -> Ca
 
     def int8() -> tuple[Array, Array]:
         integers, scale = arrays()
-        by_output = integers if turned else integers.T
-        missing = -by_output.shape[1] % DENSE_BLOCK
-        padded = np.pad(by_output, ((0, 0), (0, missing))).view(np.uint8) ^ np.uint8(128)
-        blocks = padded.reshape(len(padded), -1, DENSE_BLOCK)
-        return blocks, np.repeat(scale.astype(np.float32)[:, None], blocks.shape[1], axis=1)
+        return int8_blocks(integers if turned else integers.T, scale)
 
     def int4() -> tuple[Array, Array]:
         matrix = format.dequantize(*arrays(), np.float32)
@@ -163,9 +159,18 @@ def _stored(format: Format, parts: list[ir.Value | None], *, turned: bool) -> Ca
     return int8 if format.suffix == "Int8" else int4
 
 
-def _later(
-    editor: Editor, name: str, read: Callable[[], Array], dtype: ir.DataType, shape: tuple[int, ...]
-) -> ir.Value:
+def int8_blocks(integers: Array, scale: Array) -> tuple[Array, Array]:
+    """8-bit integers with a scale an output, int8 (N, K) and (N,), as `MatMulNBits` takes them; no value changes.
+
+    Returns:
+        Integers, uint8 (N, blocks, DENSE_BLOCK), and scales, float32 (N, blocks).
+    """
+    padded = np.pad(integers, ((0, 0), (0, -integers.shape[1] % DENSE_BLOCK))).view(np.uint8) ^ np.uint8(128)
+    blocks = padded.reshape(len(padded), -1, DENSE_BLOCK)
+    return blocks, np.repeat(scale.astype(np.float32)[:, None], blocks.shape[1], axis=1)
+
+
+def later(editor: Editor, name: str, read: Callable[[], Array], dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
     """An initializer that is computed when it is read."""
     value = editor.weight(name, np.zeros((0,) * len(shape), dtype.numpy()))
     value.shape = ir.Shape(shape)
@@ -185,7 +190,7 @@ def _ahead(editor: Editor, weight: ir.Value) -> ir.Value:
         assert array is not None
         return np.ascontiguousarray(array.T)
 
-    return _later(editor, f"{weight.name}_columns", read, weight.dtype or ir.DataType.FLOAT, (columns, rows))
+    return later(editor, f"{weight.name}_columns", read, weight.dtype or ir.DataType.FLOAT, (columns, rows))
 
 
 def _turned(node: ir.Node, format: Format) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -169,6 +169,30 @@ def topk_matmul(kind: Kind, k: int, n: int, copies: int, count: int) -> bytes:
     return b.model(
         [b.node(op, [x, *kind.sparse(b, k, n)], attributes={"k": count}, domain=native.DOMAIN)[0] for x in b.rows["x"]]
     )
+
+
+NM_COLUMNS, NM_QUAD = 16, 4
+"""Columns of a block of an N:M weight as the kernels take it, and stored weights of a column taken at a time."""
+
+
+NmWeights: TypeAlias = Literal["fp32", "fp16", "int8"]
+"""Types of N:M weights that there are kernels for."""
+
+
+def nm_matmul(weights: NmWeights, kept: int, k: int, n: int, copies: int, *, any_rows: bool = False) -> bytes:
+    """Ours, with `kept` of every four weights stored."""
+    b = Builder(copies, {"x": k}, 6, any_rows=any_rows)
+    blocks, quads = -(-n // NM_COLUMNS), -(-k * kept // (4 * NM_QUAD))
+    results: list[ir.Value] = []
+    for x in b.rows["x"]:
+        shape = (blocks, quads, NM_COLUMNS * NM_QUAD)
+        values = b.integers(shape, np.int8) if weights == "int8" else b.rng.standard_normal(shape, np.float32)
+        values = values.astype(np.float16) if weights == "fp16" else values
+        inputs = [b.weight(values), b.weight(b.integers((blocks, quads, NM_COLUMNS))), b.weight(b.scales((n,)))]
+        inputs += [b.weight(b.scales((n,)))] if weights == "int8" else []
+        op = "NMMatMulInt8" if weights == "int8" else "NMMatMul"
+        results += b.node(op, [x, *inputs], attributes={"kept": kept}, domain=native.DOMAIN)
+    return b.model(results)
 
 
 def dense_mlp(

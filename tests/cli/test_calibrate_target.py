@@ -25,17 +25,18 @@ def test_table(cli, tmp_path):
     assert (code, err) == (0, "")
     assert "1 row" in out
     assert "4 rows" in out
-    assert out.count("64x96") == 4
-    assert len(json.loads((tmp_path / "table.json").read_text())) == 8
+    assert out.count("64x96") == 6
+    assert len(json.loads((tmp_path / "table.json").read_text())) == 12
 
 
 def test_json(as_json):
     found = as_json("calibrate-target", "--threads", "2")
-    assert {(e["weights"], e["dense"], e["rows"], e["threads"]) for e in found} == {
-        (*kind, rows, 2)
-        for kind in (("fp32", "fp32"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"))
-        for rows in (1, 4)
+    kinds = [("matmul", *kind) for kind in (("fp32", "fp32"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"))]
+    kinds += [("nm_matmul", "fp32", "fp32"), ("nm_matmul", "int8", "int8")]
+    assert {(e["op"], e["weights"], e["dense"], e["rows"], e["threads"]) for e in found} == {
+        (*kind, rows, 2) for kind in kinds for rows in (1, 4)
     }
+    assert {e["sparsity"] for e in found if e["op"] == "nm_matmul"} <= {0.5, 0.75, 1.0}
 
 
 def test_a_model_without_such_products(fails, model_path):

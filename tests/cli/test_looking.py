@@ -2,15 +2,23 @@
 
 import sys
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp import doctor
 
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("passes", "quantize"), ("targets", "ort-cpu"), ("recipes", "int8"), ("ops", "onnxcomp::ThresholdMatMul")],
+    [
+        ("passes", "quantize"),
+        ("targets", "ort-cpu"),
+        ("recipes", "int8"),
+        ("ops", "onnxcomp::ThresholdMatMul"),
+        ("ops", "onnxcomp::NMMatMulInt8"),
+    ],
 )
 def test_list(cli, as_json, what, name):
     assert as_json("list", what)[name]
@@ -106,3 +114,97 @@ def test_doctor_does_not_mind_what_is_optional(monkeypatch, as_json):
     monkeypatch.setattr(doctor, "_version", lambda name: "" if name == "torch" else real(name))
     found = {c["name"]: c for c in as_json("doctor")}
     assert (found["torch"]["state"], found["torch"]["fix"]) == ("missing", "pip install 'onnxcomp[export]'")
+
+
+def _grouped(shape, kept, size, dtype=np.float32, zero=0):
+    """A weight with so many nonzeros in each group along any axis."""
+    weight = np.random.default_rng(0).integers(1, 100, shape).astype(dtype)
+    places = np.indices(shape).sum(axis=0)
+    return np.where(places % size < kept, weight, dtype(zero)) if size else weight
+
+
+def _patterns_model(path, *, zeros=True):
+    kept = (
+        {"a": (2, 4), "b": (2, 4), "c": (1, 8), "d": (1, 4), "e": (2, 4)} if zeros else dict.fromkeys("abcde", (0, 0))
+    )
+    weights = {
+        "a": _grouped((64, 64), *kept["a"]),
+        "b": _grouped((96, 64), *kept["b"]),
+        "c": _grouped((64, 64), *kept["c"], np.uint8, 131),
+        "d": _grouped((8, 64, 3, 3), *kept["d"]),
+        "e": _grouped((64, 32), *kept["e"], np.float16),
+        "f": np.ones((64, 64), np.float32),
+        "scale": np.float32(0.1),
+        "zero": np.uint8(131),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["ya"], name="a"),
+        helper.make_node("Gemm", ["ya", "b"], ["yb"], name="b", transB=1),
+        helper.make_node("DequantizeLinear", ["c", "scale", "zero"], ["cf"]),
+        helper.make_node("MatMul", ["ya", "cf"], ["yc"], name="c"),
+        helper.make_node("MatMul", ["yc", "cf"], ["again"], name="c2"),
+        helper.make_node("Conv", ["image", "d"], ["yd"], name="d"),
+        helper.make_node("MatMul", ["half", "e"], ["ye"], name="e"),
+        helper.make_node("MatMul", ["x", "f"], ["yf"], name="f"),
+    ]
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        nodes,
+        "patterns",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64]),
+            helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 64, 8, 8]),
+            helper.make_tensor_value_info("half", half, [1, 64]),
+        ],
+        [
+            helper.make_tensor_value_info(n, half if n == "ye" else TensorProto.FLOAT, None)
+            for n in ("yb", "again", "yd", "ye", "yf")
+        ],
+        [numpy_helper.from_array(np.asarray(w), name) for name, w in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_patterns_of_zeros(cli, as_json, tmp_path):
+    """Each weight counts once, with what it takes now, packed, and packed in int8 with a scale an output."""
+    path = _patterns_model(tmp_path / "m.onnx")
+    found = {(p["pattern"], p["kind"]): p for p in as_json("inspect", path)["patterns"]}
+    keys = ("weights", "stored_bytes", "packed_bytes", "int8_bytes")
+    floats, half = 64 * 64 + 96 * 64, 64 * 32
+    assert {key: tuple(p[k] for k in keys) for key, p in found.items()} == {
+        ("2:4", "matrix"): (
+            3,
+            4 * floats + 2 * half,
+            floats * 34 // 16 + half * 18 // 16,
+            (floats + half) * 10 // 16 + 4 * (64 + 96 + 32),
+        ),
+        ("1:8", "matrix"): (1, 64 * 64, 64 * 64 * 11 // 64, 64 * 64 * 11 // 64 + 4 * 64),
+        ("1:4", "convolution"): (1, 4 * 4608, 4608 * 34 // 32, 4608 * 10 // 32 + 4 * 8),
+    }
+    code, out, _ = cli("inspect", path)
+    assert code == 0
+    for text in ("2:4  3 matrices", "1:8  1 matrix", "1:4  1 convolution", "nothing packs convolutions"):
+        assert " ".join(text.split()) in " ".join(out.split())
+
+
+def test_no_patterns_are_not_mentioned(cli, as_json, tmp_path, model_path):
+    for path in (model_path, _patterns_model(tmp_path / "m.onnx", zeros=False)):
+        assert as_json("inspect", path)["patterns"] == []
+        assert "zeros" not in cli("inspect", path)[1]
+
+
+def test_patterns_in_external_weights(as_json, tmp_path):
+    path = _patterns_model(tmp_path / "m.onnx")
+    found = as_json("inspect", path)["patterns"]
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert as_json("inspect", path)["patterns"] == found
+
+
+def test_only_samples_of_dense_weights_are_read(monkeypatch, tmp_path, as_json):
+    from onnxcomp.verbs import patterns
+
+    looked = []
+    monkeypatch.setattr(patterns, "smallest_pattern", lambda weight, *_: looked.append(weight.shape))
+    as_json("inspect", _patterns_model(tmp_path / "m.onnx"))
+    assert sorted(looked) == [(64, 32), (64, 64), (64, 64), (64, 72), (64, 96)]

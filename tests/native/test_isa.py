@@ -11,10 +11,10 @@ import pytest
 
 from onnxcomp import native
 
-FILES = ["test_threshold_matmul.py", "test_sparse_ops.py"]
+FILES = ["test_threshold_matmul.py", "test_sparse_ops.py", "test_nm_lowering.py"]
 SELECTION = (
     "test_kernel_equals_reference and (131-2049-2 or 67-40-0 or 259-576-0) "
-    "or test_nan_and_infinity_reach_the_output and inf or test_all_kept"
+    "or test_kernel_equals_the_dense_product or test_nan_and_infinity_reach_the_output and inf or test_all_kept"
 )
 
 

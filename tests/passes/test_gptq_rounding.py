@@ -132,3 +132,13 @@ def test_rounding_errors_in_the_moments_are_damped_away():
     assert np.isfinite(codes).all()
     with pytest.raises(CalibrationError, match="positive definite"):
         gptq_round(weight, 1e9 * (1 - np.eye(6)) + np.eye(6), to_grid(scale))
+
+
+def test_zeros_of_a_mask_stay():
+    weight, scale, gram = problem(16, 40)
+    mask = np.tile([True, False, False, True], (16, 10))
+    codes, _ = gptq_round(np.where(mask, weight, 0.0), gram, to_grid(scale))
+    assert not codes[~mask].any()
+    nearest = np.rint(weight / scale[:, None]) * scale[:, None]
+    errors = [output_error(np.where(mask, q - weight, 0.0), gram) for q in (codes * scale[:, None], nearest)]
+    assert errors[0].sum() < errors[1].sum()

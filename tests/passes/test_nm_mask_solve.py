@@ -184,7 +184,7 @@ def test_squares_are_the_diagonal_of_second_moments(name, b, monkeypatch):
     gram.fit.merge(gram.held_out)
     diagonal = np.diagonal(gram.fit.about(np.zeros_like(gram.fit.mean)), axis1=1, axis2=2)
     assert squares.count == gram.fit.count
-    np.testing.assert_allclose(squares.mean, diagonal, rtol=1e-5)
+    np.testing.assert_allclose(squares.mean_square, diagonal, rtol=1e-5)
 
 
 def test_squares_merge_and_do_not_depend_on_batches():
@@ -193,8 +193,10 @@ def test_squares_merge_and_do_not_depend_on_batches():
     whole.update(x)
     for sample in x:
         first.update(sample[None])
-    np.testing.assert_array_equal(whole.mean, first.mean)
+    np.testing.assert_array_equal(whole.mean_square, first.mean_square)
     second.update(x)
     whole.merge(second)
-    np.testing.assert_allclose(whole.mean, (x.reshape(-1, 8).astype(np.float64) ** 2).mean(axis=0)[None], rtol=1e-12)
+    rows = x.reshape(-1, 8).astype(np.float64)
+    np.testing.assert_allclose(whole.mean_square, (rows**2).mean(axis=0)[None], rtol=1e-12)
+    np.testing.assert_allclose(whole.mean, rows.mean(axis=0)[None], rtol=1e-12)
     assert whole.count == 60
