@@ -149,25 +149,32 @@ ONNXCOMP_INLINE void coefficients(const Weight<Scale>& w, const Kept& kept, cons
   // Bytes of four vectors packed in turn, per 128-bit lane, to words of one byte of each.
   const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const std::size_t padded = (kept.count + 3) / 4 * 4;
+  alignas(64) float products[kChunk * 16];
   for (std::size_t g = 0; g < groups; g += 16) {
     const __mmask16 mask = static_cast<__mmask16>(groups - g >= 16 ? 0xffff : (1u << (groups - g)) - 1);
-    __m512 largest = _mm512_setzero_ps();
-    for (std::size_t i = 0; i < kept.count; ++i) {
-      const __m512 scale = load_scales(w.scale + kept.rows[i] * w.groups + g, mask);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_mul_ps(scale, _mm512_set1_ps(kept.values[i]))));
-      if (i < next_count) ONNXCOMP_PREFETCH(w.scale + next[i] * w.groups + g);
+    // Products of inputs and scales, and the largest of them; several at a time, since each waits for the one before.
+    __m512 most[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (std::size_t i = 0; i < padded; i += 4) {
+      for (std::size_t u = 0; u < 4; ++u) {
+        const std::size_t at = std::min(i + u, kept.count - 1);
+        const float x = i + u < kept.count ? kept.values[at] : 0.0f;
+        const __m512 scale = load_scales(w.scale + kept.rows[at] * w.groups + g, mask);
+        const __m512 product = _mm512_mul_ps(scale, _mm512_set1_ps(x));
+        _mm512_store_ps(products + 16 * (i + u), product);
+        most[u] = _mm512_max_ps(most[u], _mm512_abs_ps(product));
+        if (i + u < next_count) ONNXCOMP_PREFETCH(w.scale + next[i + u] * w.groups + g);
+      }
     }
+    const __m512 largest = _mm512_max_ps(_mm512_max_ps(most[0], most[1]), _mm512_max_ps(most[2], most[3]));
     const __mmask16 sound = _mm512_cmp_ps_mask(largest, _mm512_set1_ps(kTiny), _CMP_GT_OQ);
     const __m512 inverse = _mm512_maskz_div_ps(sound, _mm512_set1_ps(127.0f), largest);
     __m512i zeros = _mm512_setzero_si512();
     for (std::size_t i = 0; i < padded; i += 4) {
       __m512i c[4];
       for (std::size_t u = 0; u < 4; ++u) {
-        const std::size_t at = std::min(i + u, kept.count - 1);
-        const float x = i + u < kept.count ? kept.values[at] : 0.0f;
-        const __m512 scale = load_scales(w.scale + kept.rows[at] * w.groups + g, mask);
-        c[u] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x)), inverse));
+        c[u] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(products + 16 * (i + u)), inverse));
         if (w.zero_stride != 0) {
+          const std::size_t at = std::min(i + u, kept.count - 1);
           const __m128i zero = _mm_maskz_loadu_epi8(mask, w.zero + kept.rows[at] * w.zero_stride + g);
           zeros = _mm512_add_epi32(zeros, _mm512_madd_epi16(c[u], _mm512_cvtepu8_epi32(zero)));
         }
