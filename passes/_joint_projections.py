@@ -58,16 +58,16 @@ def split_joint_projections(model: ir.Model, where: Select) -> list[Edit]:
 
 
 def _find(product: ir.Node) -> _Joint | None:
-    matrix = constant(product.inputs[1])
+    columns = _columns(product.inputs[1])
     last, bias, vector = product, _only_reader(product, "Add"), None
     if bias is not None:
         vector = constant(next((v for v in bias.inputs if v is not product.outputs[0]), None))
         last = bias
     reshape = _only_reader(last, "Reshape")
     transpose = None if reshape is None else _only_reader(reshape, "Transpose")
-    if reshape is None or transpose is None or matrix is None or matrix.ndim != 2:
+    if reshape is None or transpose is None or columns is None:
         return None
-    if bias is not None and (vector is None or vector.ndim != 1 or len(vector) != matrix.shape[1]):
+    if bias is not None and (vector is None or vector.ndim != 1 or len(vector) != columns):
         return None
     sizes, order = _sizes(reshape.inputs[1]), tuple(attribute(transpose, "perm", ()))
     if (
@@ -79,10 +79,11 @@ def _find(product: ir.Node) -> _Joint | None:
         return None
     axis = len(sizes) - 3
     known = [size for size in sizes[axis:] if isinstance(size, int)]
-    if order[0] != axis or len(known) < 3 or min(known) < 2 or math.prod(known) != matrix.shape[1]:
+    if order[0] != axis or len(known) < 3 or min(known) < 2 or math.prod(known) != columns:
         return None
     taken = _taken(transpose.outputs[0], known[0])
-    if not taken:
+    matrix = constant(product.inputs[1]) if taken else None  # not read before all else is right: it may be large
+    if matrix is None:
         return None
     return _Joint(
         product=product,
@@ -93,6 +94,12 @@ def _find(product: ir.Node) -> _Joint | None:
         order=tuple(a - (a > axis) for a in order[1:]),
         taken=taken,
     )
+
+
+def _columns(value: ir.Value | None) -> int | None:
+    """Columns of a constant matrix, which is not read from disk; None if it is no such thing."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None or len(tensor.shape) != 2 else int(tensor.shape.numpy()[1])
 
 
 def _sizes(shape: ir.Value | None) -> tuple[int | ir.Value, ...] | None:
