@@ -76,7 +76,9 @@ def test_measured_for_the_products_of_a_model(model_path, monkeypatch, tmp_path)
     cases = {(e.op, e.weights, e.dense, e.inputs, e.outputs, e.rows) for e in found}
     kinds = (("fp32", "fp32"), ("int8", "int8"), ("int4", "int8"), ("int4", "int4"))
     shapes = (("matmul", 64, 96), ("gated_mlp", 64, 96), ("matmul", 96, 64))
-    assert cases == {(op, *kind, k, n, rows) for op, k, n in shapes for kind in kinds for rows in (1, 2)}
+    expected = {(op, *kind, k, n) for op, k, n in shapes for kind in kinds}
+    expected |= {("nm_matmul", w, w, k, n) for w in ("fp32", "int8") for k, n in ((64, 96), (96, 64))}
+    assert cases == {(*case, rows) for case in expected for rows in (1, 2)}
     assert OrtCpu().capabilities().break_even == found
 
 
