@@ -82,7 +82,9 @@ def _find(product: ir.Node) -> _Joint | None:
     if order[0] != axis or len(known) < 3 or min(known) < 2 or math.prod(known) != columns:
         return None
     taken = _taken(transpose.outputs[0], known[0])
-    matrix = constant(product.inputs[1]) if taken else None  # not read before all else is right: it may be large
+    if not taken:
+        return None
+    matrix = constant(product.inputs[1])  # not read before all else is right: it may be large
     if matrix is None:
         return None
     return _Joint(
