@@ -97,6 +97,16 @@ class Editor:
             self.graph.insert_after(producer, node)
         return node.outputs[0]
 
+    def add_behind(self, output: ir.Value, bias: ir.Value) -> None:
+        """Adds `bias` to a value for all who read it; the sum takes over its name."""
+        readers, is_output = users(output), output.is_graph_output()
+        total = self.after(output, "Add", [output, bias], name=f"{output.name}_biased", like=output)
+        redirect(output, total, readers)
+        if is_output:
+            replace_output(output, total)
+        else:
+            total.name, output.name = output.name, total.name
+
     def rename(self, value: ir.Value, suffix: str) -> None:
         """Gives a value that no longer holds what it did a new name, so that nobody compares it with the original."""
         if not value.is_graph_output() and not value.is_graph_input():

@@ -81,7 +81,7 @@ def set_bias(editor: Editor, bias: Bias, delta: Array) -> Array:
     if stored is None:
         array = constant(bias.value)
         assert array is not None
-        moved = editor.weight(f"{bias.value.name}_noisy", (array + delta).astype(array.dtype))
+        moved = editor.weight(f"{bias.value.name}_shifted", (array + delta).astype(array.dtype))
         redirect(bias.value, moved, [bias.user])
         return delta
     integers, scale, _ = stored
@@ -89,7 +89,7 @@ def set_bias(editor: Editor, bias: Bias, delta: Array) -> Array:
     new = bias_integers(old + delta, scale)
     dequantize = bias.value.producer()
     assert dequantize is not None
-    dequantize.replace_input_with(0, editor.weight(f"{bias.value.name}_noisy", new))
+    dequantize.replace_input_with(0, editor.weight(f"{bias.value.name}_shifted", new))
     return np.asarray(new * scale.astype(np.float64) - old, np.float32)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from onnxcomp.passes._nm_inputs import Moments
-from onnxcomp.passes._nm_scores import Method, Pattern, scores_of
+from onnxcomp.passes._nm_scores import Method, Pattern, score_of, scores_of
 from onnxcomp.passes._nm_weights import Layer
 
 
@@ -22,19 +22,19 @@ def loss(layer: Layer, moments: Moments | None, method: Method, pattern: Pattern
     """
     weight = layer.read().weight
     squares = None if moments is None else moments.squares
-    mask = pattern.choose(scores_of("wanda" if method == "sparsegpt" else method, weight, squares), np.abs(weight))
+    mask = pattern.choose(scores_of(score_of(method), weight, squares), np.abs(weight))
     power = weight**2 if squares is None else weight**2 * squares[:, None, :]
     whole = float(power.sum())
     return float(power[~mask].sum()) / whole if whole else 0.0
 
 
-def affordable(losses: Mapping[Layer, float], share: float) -> Sequence[Layer]:
+def affordable(losses: Mapping[Layer, float], share: float) -> set[Layer]:
     """Layers that lose least, as many as together have at most a share of all weights."""
     sizes = {layer: float(np.prod(layer.shape)) for layer in losses}
     left = share * sum(sizes.values()) * (1 + 1e-9)
-    chosen = []
+    chosen: set[Layer] = set()
     for layer in sorted(losses, key=lambda found: losses[found]):
         if sizes[layer] <= left:
-            chosen.append(layer)
+            chosen.add(layer)
             left -= sizes[layer]
     return chosen

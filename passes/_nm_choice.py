@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcomp.passes._nm_inputs import Moments
-from onnxcomp.passes._nm_scores import Method, Pattern, scores_of
+from onnxcomp.passes._nm_scores import SCORE_NAMES, Method, Pattern, score_of, scores_of
 from onnxcomp.passes._nm_solve import least_squares, output_errors, sparsegpt
 from onnxcomp.passes._nm_weights import Stored
 from onnxcomp.target import Array
@@ -51,7 +51,7 @@ class Chooser:
         """
         weight = stored.weight
         squares = None if moments is None else moments.squares
-        plain = "wanda" if self.method == "sparsegpt" else self.method
+        plain = score_of(self.method)
         scores = scores_of(plain, weight, squares)
         mask = self.pattern.choose(scores, np.abs(weight))
         rows = np.where(mask, weight, 0.0)
@@ -65,7 +65,7 @@ class Chooser:
                 notes.append(
                     f"wanda for {int((~better).sum())} of {better.size} outputs, whose held-out error is lower"
                 )
-        notes.insert(0, f"keeps {_share(scores[mask].sum(), scores.sum()):.1%} of {_SCORES[plain]}")
+        notes.insert(0, f"keeps {_share(scores[mask].sum(), scores.sum()):.1%} of {SCORE_NAMES[plain]}")
         if self.reconstruct:
             assert moments is not None
             before = _error(weight, rows, moments)
@@ -85,9 +85,6 @@ class Chooser:
             for part, gram, snap in zip(weight, moments.fit, snaps, strict=True)
         ]
         return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
-
-
-_SCORES = {"magnitude": "the sum of magnitudes", "wanda": "the score |W| ||x||", "ria": "the relative importance"}
 
 
 def _each(solve: Callable[..., Array], weight: Array, mask: Array, grams: Array | None, *, damp: float) -> Array:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, become, constant, redirect, replace_output, users
+from onnxcomp.edit import Editor, attribute, become, constant, users
 from onnxcomp.ops import DOMAIN, NM_OPS, pack_nm
 from onnxcomp.passes._disk_weights import Spool
 from onnxcomp.passes._nm_pack_layers import alpha_of, matrix, tensor_of
@@ -122,7 +122,7 @@ class PackedRewriter:
             left = node.inputs[2] if len(node.inputs) > 2 else None
             become(node, op.name, [node.inputs[0], *inputs], {"m": pattern.size, "k": layer.columns}, DOMAIN)
             if bias is not None:
-                self._add(node.outputs[0], bias)
+                self._editor.add_behind(node.outputs[0], bias)
             self._drop(weight)
             self._drop(left)
 
@@ -139,16 +139,6 @@ class PackedRewriter:
         factor = self._editor.weight(f"{node.name}_beta", np.asarray(beta, np.float32))
         like = self._editor.before(node, "CastLike", [factor, bias], name=f"{node.name}_beta_like")
         return self._editor.before(node, "Mul", [bias, like], name=f"{bias.name}_scaled", like=bias)
-
-    def _add(self, output: ir.Value, bias: ir.Value) -> None:
-        """Adds to a value for all who read it; the sum has its name."""
-        readers, is_output = users(output), output.is_graph_output()
-        total = self._editor.after(output, "Add", [output, bias], name=f"{output.name}_biased", like=output)
-        redirect(output, total, readers)
-        if is_output:
-            replace_output(output, total)
-        else:
-            total.name, output.name = output.name, total.name
 
     def _drop(self, value: ir.Value | None) -> None:
         """Removes a constant that nobody reads any more, with what transposes or dequantizes it."""

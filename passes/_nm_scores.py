@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,14 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.target import Array
 
 Method: TypeAlias = Literal["magnitude", "wanda", "ria", "sparsegpt"]
+
+Score: TypeAlias = Literal["magnitude", "wanda", "ria"]
+
+SCORE_NAMES: Mapping[Score, str] = {
+    "magnitude": "the sum of magnitudes",
+    "wanda": "the score |W| ||x||",
+    "ria": "the relative importance",
+}
 
 _RIA_POWER = 0.5  # of the norm of an input, as in the paper
 
@@ -75,7 +84,12 @@ class Pattern:
         return array.reshape(*array.shape[:-1], -1, self.size)
 
 
-def scores_of(method: Method, weight: Array, squares: Array | None) -> Array:
+def score_of(method: Method) -> Score:
+    """What a weight is worth to a method before any of them is changed."""
+    return "wanda" if method == "sparsegpt" else method
+
+
+def scores_of(method: Score, weight: Array, squares: Array | None) -> Array:
     """How much each weight matters; scores are compared within a group of one row only.
 
     * magnitude: `|W|`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcomp.passes._nm_scores import Method, Pattern, scores_of
+from onnxcomp.passes._nm_scores import Pattern, Score, scores_of
 from onnxcomp.passes._nm_weights import Layer
 from onnxcomp.passes._permutation_flow import Flow
 from onnxcomp.passes._permutation_labels import sources
@@ -27,10 +27,10 @@ class Reader:
     layer: Layer
     codes: Array
 
-    def scores(self, method: Method, squares: Array | None) -> Array:
+    def scores(self, score: Score, squares: Array | None) -> Array:
         """Float32 (groups, N / groups, kernel positions, channels)."""
         weight = self.layer.read().weight
-        found = scores_of(method, weight, squares).astype(np.float32)
+        found = scores_of(score, weight, squares).astype(np.float32)
         return found.reshape(*found.shape[:2], self.layer.taps, self.layer.channels)
 
     def moved(self, order: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, become, redirect, replace_output, users
+from onnxcomp.edit import Editor, become, redirect, users
 from onnxcomp.ops import DOMAIN, OPS, SPARSITY
 from onnxcomp.passes._activations import LAYOUT
 from onnxcomp.passes._dense import Dense
@@ -110,14 +110,7 @@ class Rewriter:
         become(node, op_type, inputs, attributes, DOMAIN)
         node.metadata_props[MARK] = self._method
         if bias is not None:
-            output = node.outputs[0]
-            readers, is_output = users(output), output.is_graph_output()
-            total = self._editor.after(output, "Add", [output, bias], name=f"{output.name}_biased", like=output)
-            redirect(output, total, readers)
-            if is_output:
-                replace_output(output, total)
-            else:
-                total.name, output.name = output.name, total.name
+            self._editor.add_behind(node.outputs[0], bias)
         return op_type
 
     def _own_product(self, part: Part) -> None:

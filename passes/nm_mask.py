@@ -89,7 +89,8 @@ class NmMask(Pass):
             layers += [] if reason else [layer]
         if self.share < 1.0:
             losses = self._losses(model, context, layers, pattern)
-            layers = [layer for layer in layers if layer in affordable(losses, self.share)]
+            chosen = affordable(losses, self.share)
+            layers = [layer for layer in layers if layer in chosen]
             edits += [
                 refused(node, f"stays dense, since its output would lose {lost:.1%} and share is {self.share:g}")
                 for layer, lost in losses.items()

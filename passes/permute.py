@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from onnxcomp.edit import Editor
 from onnxcomp.passes._disk_weights import Spool
 from onnxcomp.passes._nm_inputs import Observation
 from onnxcomp.passes._nm_layers import find_layers
-from onnxcomp.passes._nm_scores import Pattern
+from onnxcomp.passes._nm_scores import SCORE_NAMES, Pattern, Score
 from onnxcomp.passes._nm_weights import Layer
 from onnxcomp.passes._permutation_elementwise import ELEMENTWISE_RULES
 from onnxcomp.passes._permutation_flow import Flow
@@ -33,7 +33,6 @@ from onnxcomp.target import Array
 _RULES = {**LINEAR_RULES, **ELEMENTWISE_RULES, **LAYOUT_RULES}
 _TREATED = "onnxcomp.permute"  # metadata of a node whose inputs were reordered
 _NOTHING = "no other order was found in which groups keep more"
-_SCORES = {"magnitude": "the sum of magnitudes", "wanda": "the score |W| ||x||", "ria": "the relative importance"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Permute(Pass):
     summary: ClassVar[str] = "order of channels in which N:M sparsity keeps more, folded into the weights"
 
     pattern: str = "2:4"
-    score: Literal["magnitude", "wanda", "ria"] = "wanda"
+    score: Score = "wanda"
     search: Search = "swaps"
     rounds: Annotated[int, Ge(1)] = 8
     residual: bool = True
@@ -180,7 +179,7 @@ class _Spaces:
             old = self.squares[layer.value].reshape(layer.groups, layer.taps, layer.channels)
             new = np.take_along_axis(old, moved[:, None, :], axis=2)
             self.squares[layer.value] = new.reshape(layer.groups, -1)
-        detail = f"{config.pattern} keeps {before / total:.1%} -> {after / total:.1%} of {_SCORES[config.score]}"
+        detail = f"{config.pattern} keeps {before / total:.1%} -> {after / total:.1%} of {SCORE_NAMES[config.score]}"
         return [applied(node, f"inputs reordered by {config.search}; {detail}") for node in layer.nodes]
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from examples.llm.gguf import GgufFile
 from examples.llm.model import smollm2_weights
 from examples.llm.session import wikitext
 from examples.llm.tokenizer import Tokenizer
+from examples.nm import SCORES
 from onnxcomp import api
 from onnxcomp.passes.nm_mask import NmMask
 from onnxcomp.passes.permute import Permute
@@ -37,13 +37,6 @@ from onnxcomp.rewrite import Pass
 
 WINDOW = 512
 INPUTS_PER_RUN = 24  # inputs of six blocks: a quarter of the runs over the data, at no loss of perplexity to speak of
-SCORES: dict[Literal["magnitude", "wanda", "ria", "sparsegpt"], Literal["magnitude", "wanda", "ria"]] = {
-    "magnitude": "magnitude",
-    "wanda": "wanda",
-    "ria": "ria",
-    "sparsegpt": "wanda",
-}
-"""Methods, and what a weight is worth when channels are permuted for them."""
 
 
 @dataclass(frozen=True)

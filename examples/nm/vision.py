@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from examples.efficientnet import images
+from examples.nm import SCORES
 from examples.vit import data as cifar
 from examples.vit.model import weights as vit_weights
 from onnxcomp import api
@@ -37,13 +37,6 @@ from onnxcomp.targets.ort import OrtCpu, reference_runner
 
 CALIBRATION = 32
 INPUTS_PER_RUN = 16
-SCORES: dict[Literal["magnitude", "wanda", "ria", "sparsegpt"], Literal["magnitude", "wanda", "ria"]] = {
-    "magnitude": "magnitude",
-    "wanda": "wanda",
-    "ria": "ria",
-    "sparsegpt": "wanda",
-}
-"""Methods, and what a weight is worth when channels are permuted for them."""
 
 
 @dataclass(frozen=True)

@@ -395,38 +395,3 @@ def test_weights_on_disk(b, run_passes, tmp_path):
     assert isinstance(model.graph.initializers["w"].const_value, ir.LazyTensor)
     mask = expected_mask(before.T, 2, 4).T
     np.testing.assert_array_equal(constant(model.graph.initializers["w"]), before * mask)
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-@pytest.mark.parametrize(("share", "expected"), [(1.0, 3), (0.7, 2), (0.34, 1), (0.1, 0)])
-def test_layers_that_lose_least_are_made_sparse_first(method, share, expected, b, run_passes):
-    """Of the second half of the weights is nearly nothing in the third layer, less in the first, much in the second."""
-    x = b.input("x", [7, 16])
-    for index, rest in enumerate((0.1, 0.9, 0.01)):
-        weight = b.rng.choice([-1.0, 1.0], (16, 16)) * np.where(np.arange(16) % 4 < 2, 1.0, rest)[:, None]
-        x = b.op("MatMul", x, b.const(weight.astype(np.float32), f"w{index}"), name=f"layer{index}")
-    model = b.output(x).model()
-    rng = np.random.default_rng(0)
-    data = [{"x": rng.normal(size=(7, 16)).astype(np.float32)} for _ in range(4)]
-    step = NmMask(method=method, share=share, include_ends=True)
-    report = run_passes(model, step, data=None if method == "magnitude" else data)
-    sparse = [e.node for e in report.edits if e.action == "applied"]
-    assert sorted(sparse) == sorted(["layer2", "layer0", "layer1"][:expected])
-    for index in range(3):
-        zeros = (constant(model.graph.initializers[f"w{index}"]) == 0).mean()
-        assert zeros == (0.5 if f"layer{index}" in sparse else 0.0)
-    dense = [e.detail for e in report.edits if e.action == "refused"]
-    assert all(d.startswith("stays dense, since its output would lose ") for d in dense)
-
-
-def test_zeros_survive_gptq_in_blocks(b, run_passes):
-    model, feed = layer(b, "matmul", (64, 32))
-    data = [{"x": feed["x"] * (i + 1)} for i in range(4)]
-    run_passes(model, NmMask(method="sparsegpt", include_ends=True), data=data)
-    zeros = constant(model.graph.initializers["w"]) == 0
-    run_passes(model, WeightOnly(bits=4, block_size=32, method="gptq", min_weights=0), data=data)
-    (node,) = (n for n in model.graph if n.op_type == "MatMulNBits")
-    session = reference_runner(model, [node.outputs[0].name])
-    found = session({"x": np.eye(64, dtype=np.float32)[:7]})[node.outputs[0].name]
-    assert zeros[:7].any()
-    assert np.abs(found[zeros[:7]]).max() < 1e-5 < np.abs(found[~zeros[:7]]).min()

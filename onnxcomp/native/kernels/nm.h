@@ -172,8 +172,8 @@ Kernel<Value, float> choose_float(Isa isa) {
 
 inline Int8 choose_int8(Isa isa) {
 #if defined(ONNXCOMP_X86)
-  if (isa == Isa::kVnni) return {int8_vnni, round_avx512, 0x80};
-  if (isa == Isa::kAvx2 || isa == Isa::kAvx512) return {int8_avx2, round_avx2, 0};
+  if (isa == Isa::kVnni) return {int8_vnni<std::int8_t>, round_avx512, 0x80};
+  if (isa == Isa::kAvx2 || isa == Isa::kAvx512) return {int8_avx2<std::int8_t>, round_avx2, 0};
 #elif defined(ONNXCOMP_ARM)
   if (isa == Isa::kDotprod) return {int8_dotprod, round_portable, 0};
 #endif

@@ -6,23 +6,27 @@
 
 namespace onnxcomp::nm {
 
-// Runs `part(rows, first)` over all rows of inputs, several at once: weights are read once for them.
-#define ONNXCOMP_IN_PARTS(count, most, part)                   \
-  do {                                                         \
-    std::size_t row_ = 0;                                      \
-    for (; most >= 8 && row_ + 8 <= (count); row_ += 8) {      \
-      part(8, row_);                                           \
-    }                                                          \
-    for (; row_ + 4 <= (count); row_ += 4) {                   \
-      part(4, row_);                                           \
-    }                                                          \
-    for (; row_ + 2 <= (count); row_ += 2) {                   \
-      part(2, row_);                                           \
-    }                                                          \
-    if (row_ < (count)) {                                      \
-      part(1, row_);                                           \
-    }                                                          \
-  } while (false)
+// Defines a kernel out of `rows_of<Kept, Rows>(w, in, first, block, y, y_step)`, which does one block for so many rows of
+// inputs: as many at a time as there are, since weights are read once for them, up to `most`, 4 or 8.
+#define ONNXCOMP_DEFINE(target, name, rows_of, X, most)                                                              \
+  template <std::size_t Kept, typename Value>                                                                       \
+  ONNXCOMP_TARGET(target)                                                                                           \
+  inline void name##_blocks(const Weight<Value>& w, const Inputs<X>& in, float* y, std::size_t y_step,              \
+                            std::size_t begin, std::size_t end) {                                                   \
+    for (std::size_t b = begin; b < end; ++b) {                                                                     \
+      std::size_t row = 0;                                                                                          \
+      for (; most == 8 && row + 8 <= in.count; row += 8) rows_of<Kept, most>(w, in, row, b, y, y_step);             \
+      for (; row + 4 <= in.count; row += 4) rows_of<Kept, 4>(w, in, row, b, y, y_step);                             \
+      for (; row + 2 <= in.count; row += 2) rows_of<Kept, 2>(w, in, row, b, y, y_step);                             \
+      if (row < in.count) rows_of<Kept, 1>(w, in, row, b, y, y_step);                                               \
+    }                                                                                                               \
+  }                                                                                                                 \
+  template <typename Value>                                                                                         \
+  ONNXCOMP_TARGET(target)                                                                                           \
+  inline void name(const Weight<Value>& w, const Inputs<X>& in, float* y, std::size_t y_step, std::size_t begin,    \
+                   std::size_t end) {                                                                               \
+    w.kept == 1 ? name##_blocks<1>(w, in, y, y_step, begin, end) : name##_blocks<2>(w, in, y, y_step, begin, end);   \
+  }
 
 // Fetches what the same loop reads some turns later: at the border of a page the hardware's prefetcher stops.
 template <typename Value>
@@ -85,23 +89,7 @@ ONNXCOMP_INLINE void float_rows(const Weight<Value>& w, const Inputs<float>& in,
   }
 }
 
-template <std::size_t Kept, typename Value>
-ONNXCOMP_TARGET(ONNXCOMP_AVX512)
-inline void float_blocks(const Weight<Value>& w, const Inputs<float>& in, float* y, std::size_t y_step,
-                         std::size_t begin, std::size_t end) {
-  for (std::size_t b = begin; b < end; ++b) {
-#define ONNXCOMP_PART(rows, first) float_rows<Kept, rows>(w, in, first, b, y, y_step)
-    ONNXCOMP_IN_PARTS(in.count, 8, ONNXCOMP_PART);
-#undef ONNXCOMP_PART
-  }
-}
-
-template <typename Value>
-ONNXCOMP_TARGET(ONNXCOMP_AVX512)
-inline void float_avx512(const Weight<Value>& w, const Inputs<float>& in, float* y, std::size_t y_step,
-                         std::size_t begin, std::size_t end) {
-  w.kept == 1 ? float_blocks<1>(w, in, y, y_step, begin, end) : float_blocks<2>(w, in, y, y_step, begin, end);
-}
+ONNXCOMP_DEFINE(ONNXCOMP_AVX512, float_avx512, float_rows, float, 8)
 
 // ---- VNNI -----------------------------------------------------------------------------------------------------------
 
@@ -168,22 +156,7 @@ ONNXCOMP_INLINE void int8_rows(const Weight<std::int8_t>& w, const Inputs<std::u
   }
 }
 
-template <std::size_t Kept>
-ONNXCOMP_TARGET(ONNXCOMP_VNNI)
-inline void int8_blocks(const Weight<std::int8_t>& w, const Inputs<std::uint8_t>& in, float* y, std::size_t y_step,
-                        std::size_t begin, std::size_t end) {
-  for (std::size_t b = begin; b < end; ++b) {
-#define ONNXCOMP_PART(rows, first) int8_rows<Kept, rows>(w, in, first, b, y, y_step)
-    ONNXCOMP_IN_PARTS(in.count, 8, ONNXCOMP_PART);
-#undef ONNXCOMP_PART
-  }
-}
-
-ONNXCOMP_TARGET(ONNXCOMP_VNNI)
-inline void int8_vnni(const Weight<std::int8_t>& w, const Inputs<std::uint8_t>& in, float* y, std::size_t y_step,
-                      std::size_t begin, std::size_t end) {
-  w.kept == 1 ? int8_blocks<1>(w, in, y, y_step, begin, end) : int8_blocks<2>(w, in, y, y_step, begin, end);
-}
+ONNXCOMP_DEFINE(ONNXCOMP_VNNI, int8_vnni, int8_rows, std::uint8_t, 8)
 
 // ---- AVX2: half a block a vector ------------------------------------------------------------------------------------
 
@@ -304,44 +277,10 @@ ONNXCOMP_INLINE void half_int8_rows(const Weight<std::int8_t>& w, const Inputs<s
   for (std::size_t r = 0; r < Rows; ++r) put_block(w, sums[r], block, y + (first + r) * y_step);
 }
 
-template <std::size_t Kept, typename Value>
-ONNXCOMP_TARGET(ONNXCOMP_AVX2)
-inline void half_float_blocks(const Weight<Value>& w, const Inputs<float>& in, float* y, std::size_t y_step,
-                              std::size_t begin, std::size_t end) {
-  for (std::size_t b = begin; b < end; ++b) {
-#define ONNXCOMP_PART(rows, first) half_float_rows<Kept, rows>(w, in, first, b, y, y_step)
-    ONNXCOMP_IN_PARTS(in.count, 4, ONNXCOMP_PART);
-#undef ONNXCOMP_PART
-  }
-}
+ONNXCOMP_DEFINE(ONNXCOMP_AVX2, float_avx2, half_float_rows, float, 4)
+ONNXCOMP_DEFINE(ONNXCOMP_AVX2, int8_avx2, half_int8_rows, std::uint8_t, 4)
 
-template <typename Value>
-ONNXCOMP_TARGET(ONNXCOMP_AVX2)
-inline void float_avx2(const Weight<Value>& w, const Inputs<float>& in, float* y, std::size_t y_step,
-                       std::size_t begin, std::size_t end) {
-  w.kept == 1 ? half_float_blocks<1>(w, in, y, y_step, begin, end)
-              : half_float_blocks<2>(w, in, y, y_step, begin, end);
-}
-
-template <std::size_t Kept>
-ONNXCOMP_TARGET(ONNXCOMP_AVX2)
-inline void half_int8_blocks(const Weight<std::int8_t>& w, const Inputs<std::uint8_t>& in, float* y,
-                             std::size_t y_step, std::size_t begin, std::size_t end) {
-  for (std::size_t b = begin; b < end; ++b) {
-#define ONNXCOMP_PART(rows, first) half_int8_rows<Kept, rows>(w, in, first, b, y, y_step)
-    ONNXCOMP_IN_PARTS(in.count, 4, ONNXCOMP_PART);
-#undef ONNXCOMP_PART
-  }
-}
-
-ONNXCOMP_TARGET(ONNXCOMP_AVX2)
-inline void int8_avx2(const Weight<std::int8_t>& w, const Inputs<std::uint8_t>& in, float* y, std::size_t y_step,
-                      std::size_t begin, std::size_t end) {
-  w.kept == 1 ? half_int8_blocks<1>(w, in, y, y_step, begin, end)
-              : half_int8_blocks<2>(w, in, y, y_step, begin, end);
-}
-
-#undef ONNXCOMP_IN_PARTS
+#undef ONNXCOMP_DEFINE
 
 }  // namespace onnxcomp::nm
 
