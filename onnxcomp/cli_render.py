@@ -166,6 +166,9 @@ def legalization(found: Legalization, as_json: bool) -> None:
         return
     _passes(found.passes)
     for name, audit in audits.items():
+        if audit.note:
+            _print(f"{name}: {audit.note}")
+            continue
         share = f"{audit.integer_mac_share:.1%}" if any(row.macs for row in audit.rows) else "an unknown share"
         _print(
             f"{name}: {sum(row.integer for row in audit.rows)} of {len(audit.rows)} linear nodes run on integers on "
@@ -235,6 +238,9 @@ def artifact(found: Artifact, as_json: bool) -> None:
         _json({"path": str(found.path), "manifest": found.manifest})
         return
     rows = found.audit.rows
+    if found.audit.note:
+        _print(f"{found.audit.note}; artifact in {found.path}")
+        return
     _table(
         ("node", "op", "executed as", "MACs", "note"),
         [(r.node, r.op_type, r.executed_as or "?", f"{r.macs:,}", r.reason) for r in rows],

@@ -94,6 +94,7 @@ def _machine() -> list[Diagnosis]:
     checks = [Diagnosis(name="CPU", state="ok", value=_cpu())]
     try:
         from onnxcomp.targets.ort.capabilities import capabilities
+        from onnxcomp.targets.ort.providers import CUDA, INSTALL, TENSORRT
         from onnxcomp.targets.ort.runtime import onnxruntime
 
         providers = onnxruntime().get_available_providers()
@@ -106,6 +107,11 @@ def _machine() -> list[Diagnosis]:
     dot = "8-bit dot product" if not found.reduce_range else "no 8-bit dot product: weights are quantized to 7 bits"
     checks.append(Diagnosis(name="CPU features", state="ok", value=", ".join(found.features) + f" ({dot})"))
     checks.append(Diagnosis(name="highest opset", state="ok", value=str(found.max_opset)))
+    for target, provider in (("ort-cuda", CUDA), ("ort-tensorrt", TENSORRT)):
+        built = provider in providers
+        value = "onnxruntime has the provider" if built else "compiles, cannot run here"
+        fix = "" if built else INSTALL[provider]
+        checks.append(Diagnosis(name=target, state="ok" if built else "missing", value=value, fix=fix))
     return checks
 
 

@@ -33,6 +33,14 @@ class Editor:
         self._values = {v.name for v in _values(model.graph)}
         self._nodes = {n.name for n in model.graph.all_nodes()}
 
+    def free(self, name: str) -> str:
+        """A name for a value that no other has, taken from now on."""
+        return _unique(name, self._values)
+
+    def free_node(self, name: str) -> str:
+        """A name for a node that no other has, taken from now on."""
+        return _unique(name, self._nodes)
+
     def weight(self, name: str, array: Array) -> ir.Value:
         """Registers an initializer; its name is made unique."""
         name = _unique(name, self._values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -23,6 +22,7 @@ from onnxcomp.errors import GraphError
 from onnxcomp.macs import count_macs
 from onnxcomp.sanity import make_sane
 from onnxcomp.skeleton import merge_types, release, skeleton
+from onnxcomp.state import model_state
 from onnxcomp.target import TensorSpec
 
 EXTERNAL_THRESHOLD = 1_500_000_000
@@ -377,8 +377,12 @@ def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:
 
 
 def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """Inputs that a feed has to give: graph inputs without a default and without streaming state."""
-    state = {entry["input"] for entry in json.loads(model.metadata_props.get("onnxcomp.state", "[]"))}
+    """Inputs that a feed has to give: graph inputs without a default and without streaming state.
+
+    Raises:
+        GraphError: If an input has a type that no array has, or the state is malformed.
+    """
+    state = {s.input for s in model_state(model)}
     return tuple(
         TensorSpec(
             name=value.name or "",

@@ -150,6 +150,8 @@ class Report:
     def notices(self) -> tuple[str, ...]:
         """`warnings`, and what follows from the figures themselves."""
         found = list(self.warnings)
+        if self.after.audit.note:
+            found.append(self.after.audit.note)
         if self.fidelity and self.fidelity.non_finite:
             names = ", ".join(self.fidelity.non_finite)
             found.append(f"NaN or infinity in outputs where the original has none: {names}")
@@ -168,8 +170,8 @@ class Report:
             _change("multiply-accumulates", a.size.macs, b.size.macs, count),
             Row(
                 label="of these in integers, as executed",
-                before=percent(a.audit.integer_mac_share),
-                after=percent(b.audit.integer_mac_share),
+                before="unknown" if a.audit.note else percent(a.audit.integer_mac_share),
+                after="unknown" if b.audit.note else percent(b.audit.integer_mac_share),
             ),
         ]
         if a.latency and b.latency:

@@ -78,6 +78,7 @@ class Context:
         sweep: Shows all calibration data to more observers, on the model as it is by then; None when there is no data.
             For a pass whose statistics are too large to be held at once, or depend on its own edits. Given a limit, it
             uses no more feeds than that.
+        feeds: The calibration feeds in order, for a pass that takes them for a sequence; None when there is no data.
         timer: Measures a model on the target with the sample feed; returns microseconds by name of a compute node, and
             those of the whole run under the empty name. None where nothing can be measured.
     """
@@ -88,6 +89,7 @@ class Context:
     runner: Runner | None = None
     sample: Feed | None = None
     sweep: Sweep | None = None
+    feeds: Iterable[Feed] | None = None
     timer: Callable[[ir.Model, Feed], Mapping[str, float]] | None = None
 
     def statistic(self, name: str, kind: type[AnyObserver]) -> AnyObserver:
@@ -243,7 +245,8 @@ class Pipeline:
         context = Context(capabilities=self.capabilities, seed=self.seed, runner=self.runner, timer=self.timer)
         if data is None or self.runner is None:
             return context
-        return replace(context, sample=next(iter(data), None), sweep=_sweep_over(data, self.runner, None))
+        sweep = _sweep_over(data, self.runner, None)
+        return replace(context, sample=next(iter(data), None), sweep=sweep, feeds=data)
 
     def _run_pass(
         self,

@@ -112,6 +112,8 @@ class Audit:
     rows: tuple[AuditRow, ...]
     executed_ops: Mapping[str, int] = field(default_factory=dict)
     """Op type to number of nodes in the executable."""
+    note: str = ""
+    """Why nothing is known, if the executable was not looked at; else empty."""
 
     @property
     def integer_mac_share(self) -> float:
@@ -194,6 +196,14 @@ class Target(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """Says what the target can run on this machine."""
+
+    def require_device(self) -> None:
+        """Fails where models can be compiled for the target but not run, so that long work does not begin in vain.
+
+        Raises:
+            DeviceError: If the device, or what drives it, is missing.
+        """
+        return
 
     @abstractmethod
     def lowering(self) -> Sequence[Pass]:

@@ -22,6 +22,7 @@ from onnxcomp.model import check_graph, initializers
 from onnxcomp.opset import raise_opset
 from onnxcomp.rewrite import Edit, Pass, Pipeline
 from onnxcomp.select import Select
+from onnxcomp.state import model_state
 from onnxcomp.target import Capabilities, Feed
 
 
@@ -92,8 +93,12 @@ def _check_class(subject: Pass) -> None:
 
 
 def _same_interface(before: ir.Model, after: ir.Model) -> bool:
-    """Whether names are the same, and types where there were any."""
-    old, new = ((*m.graph.inputs, *m.graph.outputs) for m in (before, after))
+    """Whether names are the same, and types where there were any; a pass may add state, and list it."""
+    added = {n for s in model_state(after) for n in (s.input, s.output)}
+    added -= {n for s in model_state(before) for n in (s.input, s.output)}
+    old = (*before.graph.inputs, *before.graph.outputs)
+    added -= {v.name for v in old}  # an input or output that was there is one still
+    new = [v for v in (*after.graph.inputs, *after.graph.outputs) if v.name not in added]
     return [v.name for v in old] == [v.name for v in new] and all(
         v.dtype in (None, w.dtype) for v, w in zip(old, new, strict=True)
     )

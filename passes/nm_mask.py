@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 from annotated_types import Ge, Gt, Le
 from typing_extensions import override
 
@@ -21,7 +22,7 @@ from onnxcomp.passes._nm_layers import find_layers
 from onnxcomp.passes._nm_scores import Method, Pattern
 from onnxcomp.passes._nm_weights import Layer
 from onnxcomp.passes._quantized_linears import mark_chosen
-from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
+from onnxcomp.rewrite import Context, Edit, IrPassAdapter, Pass, applied, refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,8 @@ class NmMask(Pass):
             for node in layer.nodes:
                 mark_chosen(node, self.name)
                 edits.append(applied(node, f"{pattern} by {self.method}{shared}; {choice.detail}"))
+        if any(edit.action == "applied" for edit in edits):  # old biases, and weights that were Constant nodes
+            IrPassAdapter(common_passes.RemoveUnusedNodesPass())(model)
         return edits
 
     def _losses(

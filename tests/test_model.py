@@ -109,7 +109,9 @@ def test_input_specs_leave_out_defaults_and_state(mlp):
     proto = mlp()
     proto.graph.input.append(helper.make_tensor_value_info("w1", TensorProto.FLOAT, [8, 32]))
     proto.graph.input.append(helper.make_tensor_value_info("s", TensorProto.FLOAT, [1]))
-    helper.set_model_props(proto, {"onnxcomp.state": '[{"input": "s", "output": "y", "shape": [1]}]'})
+    helper.set_model_props(
+        proto, {"onnxcomp.state": '[{"input": "s", "output": "y", "shape": [1], "dtype": "float32"}]'}
+    )
     (spec,) = input_specs(ir.from_proto(proto))
     assert (spec.name, spec.dtype, spec.shape) == ("x", np.float32, ("batch", 8))
 

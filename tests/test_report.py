@@ -85,6 +85,20 @@ def test_summary_without_measurements() -> None:
     assert json.loads(to_json(bare))["fidelity"] is None
 
 
+def test_nothing_is_claimed_of_what_was_not_audited() -> None:
+    full, note = report(), "not audited: no GPU & no driver"
+    found = replace(full, after=replace(full.after, audit=Audit(rows=(), note=note), node_times=()))
+    (row,) = (r for r in found.rows() if r.label == "of these in integers, as executed")
+    assert (row.before, row.after) == ("0 %", "unknown")
+    assert f"warning: {note}" in found.summary()
+    markdown = to_markdown(found)
+    assert markdown.count(note.replace("&", "&amp;")) == 2
+    assert "compute nodes" not in markdown
+    assert to_html(found).count(note.replace("&", "&amp;")) >= 2
+    assert "Read back from the executable" not in to_html(found)
+    assert json.loads(to_json(found))["after"]["audit"]["note"] == note
+
+
 def test_terminal_escapes_in_names_are_taken_out() -> None:
     assert "\x1b" not in report(name=EVIL).summary()
     assert "\x1b" not in to_markdown(report(name=EVIL))

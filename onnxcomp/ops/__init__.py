@@ -10,7 +10,8 @@ To use one in a pass: `OPS["ThresholdMatMul"].install(model)`, then add a node o
 Attributes: `one_sided` (default 0) compares a value instead of its magnitude. Ops with integer weights take `exact`
 (default 0): kernels may round activations to 8 bits unless it is 1. The bodies never round.
 
-`OPS` leave out activations; `NM_OPS` have weights without the zeros of an N:M pattern (`pack_nm`, `unpack_nm`).
+`OPS` leave out activations; `DELTA_OPS` hold what changed too little; `NM_OPS` have weights without the zeros of an N:M
+pattern (`pack_nm`, `unpack_nm`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from onnxcomp.ops._delta import (
+    delta_gru,
+    delta_hold,
+    delta_hold_pixels,
+    delta_lstm,
+    gru_op,
+    hold_op,
+    hold_pixels_op,
+    lstm_op,
+)
 from onnxcomp.ops._gated_mlp import gated_mlp, gated_mlp_op
 from onnxcomp.ops._matmul import threshold_matmul, threshold_op, topk_matmul, topk_op
 from onnxcomp.ops._nm import nm_int8_op, nm_matmul, nm_op
@@ -27,6 +38,7 @@ from onnxcomp.ops._op import DOMAIN, MIN_OPSET, VERSION, PortableOp
 from onnxcomp.ops._weights import FORMATS, GROUP, Format
 
 __all__ = [
+    "DELTA_OPS",
     "DOMAIN",
     "FORMATS",
     "GROUP",
@@ -38,6 +50,10 @@ __all__ = [
     "VERSION",
     "Format",
     "PortableOp",
+    "delta_gru",
+    "delta_hold",
+    "delta_hold_pixels",
+    "delta_lstm",
     "gated_mlp",
     "index_bits",
     "keeps_to",
@@ -57,6 +73,11 @@ OPS: Mapping[str, PortableOp] = MappingProxyType(
 
 NM_OPS: Mapping[str, PortableOp] = MappingProxyType({op.name: op for op in (nm_op(), nm_int8_op())})
 """Name to portable op whose weight is N:M sparse. Apart from `OPS`, since its weight has no format of theirs."""
+
+DELTA_OPS: Mapping[str, PortableOp] = MappingProxyType(
+    {op.name: op for op in (hold_op(), hold_pixels_op(), gru_op(), lstm_op())}
+)
+"""Name to portable op of a streaming model. Apart from `OPS`, since these have no weights, or those of an RNN."""
 
 SPARSITY = "onnxcomp.sparsity"
 """Metadata of a node: the share of its inputs that is dropped, 0 to 1, as calibration saw it."""

@@ -35,14 +35,14 @@ class PortableOp:
         summary: One line for `onnxcomp list ops`.
         signature: Inputs and outputs with shapes.
         body: The function in ONNX's text form, without the header that names domain and opset.
-        reference: The same in numpy: inputs in order, attributes by name.
+        reference: The same in numpy: inputs in order, attributes by name; a tuple where there are several outputs.
     """
 
     name: str
     summary: str
     signature: str
     body: str
-    reference: Callable[..., Float]
+    reference: Callable[..., Float | tuple[Float, ...]]
 
     def function(self, opset: int = 18) -> ir.Function:
         """Builds the function, anew every time: a function belongs to one model.

@@ -103,6 +103,7 @@ def compress(
     if scored is not None and data is None and eval_data is None:
         raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
     chosen = make_target(target)
+    chosen.require_device()
     capabilities = chosen.capabilities()
     original = load_model(model, shapes)
     if not isinstance(model, ir.Model) and Path(model).resolve().is_relative_to(out.resolve()):

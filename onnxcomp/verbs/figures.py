@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from onnxcomp.macs import MAC_OPS, count_macs
 from onnxcomp.model import ModelSize, model_size
 from onnxcomp.profile import Latency, measure
 from onnxcomp.rewrite import Progress
+from onnxcomp.state import model_state
 from onnxcomp.target import Artifact, Audit, Feed, Session, Target
 from onnxcomp.verbs.resolve import reference_runner
 
@@ -34,7 +34,7 @@ def check_drop(model: ir.Model, data: Data | None) -> None:
     if data is None:
         raise DataError("a drop is told on evaluation data; give some with --data or --eval-data")
     feed = next(iter(data))
-    state = {entry["output"] for entry in json.loads(model.metadata_props.get("onnxcomp.state", "[]"))}
+    state = {s.output for s in model_state(model)}
     names = [name for v in model.graph.outputs if (name := v.name or "") not in state]
     outputs: dict[str, Any] = reference_runner()(model, names)(feed)
     if not all(isinstance(v, np.ndarray) and v.size for v in outputs.values()):

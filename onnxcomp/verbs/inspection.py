@@ -62,9 +62,9 @@ def list_recipes() -> dict[str, str]:
 
 def list_ops() -> dict[str, str]:
     """Portable op to its summary."""
-    from onnxcomp.ops import NM_OPS, OPS
+    from onnxcomp.ops import DELTA_OPS, NM_OPS, OPS
 
-    return {f"onnxcomp::{name}": op.summary for name, op in {**OPS, **NM_OPS}.items()}
+    return {f"onnxcomp::{name}": op.summary for name, op in {**OPS, **NM_OPS, **DELTA_OPS}.items()}
 
 
 def doctor() -> list[Diagnosis]:

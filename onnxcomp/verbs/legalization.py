@@ -79,7 +79,7 @@ def legalize(
     """
     if calibrate and data is None:
         raise DataError("calibration needs data; give some with --data")
-    make_target(target)
+    make_target(target).require_device()
     if out is not None:
         check_writable(Path(out))
     original = load_model(model, shapes)

@@ -7,18 +7,18 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from onnxcomp.errors import CompileError, GraphError, TargetError
+from onnxcomp.errors import CompileError, DeviceError, GraphError, TargetError
 from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, load, name_nodes, save
-from onnxcomp.target import Artifact, Capabilities
+from onnxcomp.state import model_state
+from onnxcomp.target import Artifact, Audit, Capabilities
 from onnxcomp.targets.ort.audit import audit
-from onnxcomp.targets.ort.feeds import read_state
 from onnxcomp.targets.ort.manifest import (
     DATA,
     FILES,
@@ -33,18 +33,31 @@ from onnxcomp.targets.ort.manifest import (
     versions,
     write_manifest,
 )  # fmt: skip
+from onnxcomp.targets.ort.providers import CPU_ONLY, TENSORRT, Provider
 from onnxcomp.targets.ort.rows import few_rows, find_rows, to_many_rows
-from onnxcomp.targets.ort.runtime import make_session, session_options
+from onnxcomp.targets.ort.runtime import make_session, missing_provider, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
 _log = logging.getLogger(__name__)
 
 
-def compile_model(model: ir.Model, out: Path, capabilities: Capabilities) -> Artifact:
+def compile_model(
+    model: ir.Model,
+    out: Path,
+    capabilities: Capabilities,
+    providers: Callable[[ir.Model], Sequence[Provider]] = lambda _: CPU_ONLY,
+) -> Artifact:
     """Compiles `model`, which stays as it is, into the folder `out`.
 
     The folder is built beside `out` and moved into place when it is complete. An artifact that is there is replaced by
     a rename; anything else that is there is left alone.
+
+    Args:
+        model: The model.
+        out: The folder.
+        capabilities: Of the target.
+        providers: What the model, without function calls, is to run with. Where onnxruntime cannot use one of them, the
+            model is checked on the CPU, and the audit says that it looked at nothing.
 
     Raises:
         CompileError: If onnxruntime rejects the model, or `out` cannot be written or holds something else.
@@ -62,7 +75,7 @@ def compile_model(model: ir.Model, out: Path, capabilities: Capabilities) -> Art
     with _scratch(out) as scratch:
         folder = scratch / "artifact"
         folder.mkdir()
-        manifest = _build(working, folder, scratch, capabilities)
+        manifest = _build(working, folder, scratch, capabilities, providers)
         _put(folder, out, scratch)
     return _artifact(out, manifest)
 
@@ -75,13 +88,18 @@ def open_artifact(path: Path, target: str) -> Artifact:
     """
     manifest = read_manifest(path, target)
     check_files(path, manifest)
-    compiled, installed = manifest.versions.get("onnxruntime"), versions().get("onnxruntime")
-    if compiled != installed:
+    compiled, installed = _runtime(manifest.versions), _runtime(versions())
+    if compiled != installed and not manifest.unaudited:
         _log.warning(
             "%s was compiled and audited with onnxruntime %s, but %s is installed; compile it again to know what runs",
             path, compiled, installed,
         )  # fmt: skip
     return _artifact(path, manifest)
+
+
+def _runtime(found: Mapping[str, str]) -> str | None:
+    """Version of onnxruntime, whichever build of it."""
+    return found.get("onnxruntime-gpu", found.get("onnxruntime"))
 
 
 def _artifact(path: Path, manifest: Manifest) -> Artifact:
@@ -103,18 +121,29 @@ def _prepare(model: ir.Model) -> ir.Model:
     return working
 
 
-def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilities) -> Manifest:
+def _build(
+    model: ir.Model,
+    folder: Path,
+    scratch: Path,
+    capabilities: Capabilities,
+    providers: Callable[[ir.Model], Sequence[Provider]],
+) -> Manifest:
     try:
         save(model, folder / MODEL)  # the weights, wherever they lie now, go along
-        optimized, session = _optimized(model, folder / MODEL, scratch)
-        rows = None if session.state else find_rows(model)
+        chosen = providers(model)
+        optimized, session = _optimized(model, folder / MODEL, scratch, chosen)
+        on_cpu = tuple(chosen) == CPU_ONLY
+        rows = find_rows(model) if on_cpu and not session.state else None
         if rows is not None:
             rows = rows.model_copy(update={"few": few_rows(model, capabilities.break_even)})
             rows = rows if _save_both(model, folder, capabilities, rows.few) else None
     except (GraphError, ValueError) as error:
         raise CompileError(str(error)) from error
-    infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
-    found = audit(model, optimized)
+    if isinstance(optimized, str):
+        found = Audit(rows=(), note=optimized)
+    else:
+        infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
+        found = audit(model, optimized)
     return write_manifest(
         folder,
         found,
@@ -125,23 +154,36 @@ def _build(model: ir.Model, folder: Path, scratch: Path, capabilities: Capabilit
         outputs=[tensor_entry(s) for s in session.outputs],
         state=[s.model_dump() for s in session.state],
         rows=rows.model_dump() if rows is not None else None,
+        providers=[p.model_dump() for p in chosen],
     )
 
 
-def _optimized(model: ir.Model, path: Path, scratch: Path) -> tuple[onnx.ModelProto, OrtSession]:
-    """Loads the model as it will be run and reads the optimised graph back, without weights."""
-    optimized = scratch / "optimized.onnx"
-    options = session_options(threads=1, domains=model.opset_imports)
-    options.optimized_model_filepath = str(optimized)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    names = [[v.name or "" for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+def _optimized(
+    model: ir.Model, path: Path, scratch: Path, providers: Sequence[Provider]
+) -> tuple[onnx.ModelProto | str, OrtSession]:
+    """Loads the model as it will be run and reads the optimised graph back, without weights, or says why it cannot."""
     try:
-        state = read_state(model.metadata_props, *names)
+        state = model_state(model)
     except GraphError as error:
         raise CompileError(str(error)) from error
-    session = OrtSession(make_session(path, options), state)
-    return onnx.load(optimized, load_external_data=False), session
+    optimized = scratch / "optimized.onnx"
+    unread = TENSORRT in {p.name for p in providers}
+    options = session_options(threads=1, domains=model.opset_imports)
+    if not unread:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    reason = f"not audited: this onnxruntime has no {missing}" if (missing := missing_provider(providers)) else ""
+    if not reason:
+        try:
+            session = OrtSession(make_session(path, options, providers), state)
+            if unread:
+                return "not audited: TensorRT makes engines of whole subgraphs, which cannot be read back", session
+            return onnx.load(optimized, load_external_data=False), session
+        except DeviceError as error:
+            reason = f"not audited: {error}"
+    plain = session_options(threads=1, domains=model.opset_imports, optimize=False)
+    return reason, OrtSession(make_session(path, plain), state)
 
 
 def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities, few: int) -> bool:

@@ -1,21 +1,14 @@
-"""Inputs, outputs and streaming state of a session: what they are, and whether a feed fits them."""
+"""Inputs and outputs of a session: what they are, and whether a feed fits them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from onnxcomp.errors import DataError, GraphError, UnsupportedError
-from onnxcomp.target import Array, Feed, TensorSpec
-
-STATE_KEY = "onnxcomp.state"
-"""Key of the model's metadata under which its streaming state is listed as JSON."""
-
-_MAX_ELEMENTS = 1 << 31
+from onnxcomp.errors import DataError, UnsupportedError
+from onnxcomp.target import Feed, TensorSpec
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -26,78 +19,6 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
         for name in ("bool", "float16", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
     },
 }
-
-
-class StateSpec(BaseModel):
-    """One tensor that a streaming model hands from one run to the next.
-
-    Attributes:
-        input: Graph input that takes it.
-        output: Graph output that gives its next value.
-        shape: Its shape.
-        dtype: Its element type, as NumPy names it.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    input: str = Field(min_length=1)
-    output: str = Field(min_length=1)
-    shape: list[int] = Field(max_length=16)
-    dtype: str = Field(max_length=16)
-
-    def zeros(self) -> Array:
-        """The state before the first run."""
-        return np.zeros(self.shape, self.dtype)
-
-
-_STATES = TypeAdapter(list[StateSpec])
-
-
-def read_state(metadata: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[str]) -> tuple[StateSpec, ...]:
-    """The streaming state that a model's metadata lists; empty if it lists none.
-
-    Args:
-        metadata: Metadata of the model.
-        inputs: Names of the graph inputs.
-        outputs: Names of the graph outputs.
-
-    Raises:
-        GraphError: If the list is malformed or names no inputs and outputs of the graph.
-    """
-    text = metadata.get(STATE_KEY)
-    if not text:
-        return ()
-    try:
-        states = tuple(_STATES.validate_python(json.loads(text)))
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise GraphError(
-            f"metadata {STATE_KEY!r} is malformed ({_first(error)}); it has to be a JSON list of objects with the keys "
-            "input, output, shape and dtype"
-        ) from error
-    for state in states:
-        if state.input not in inputs or state.output not in outputs:
-            raise GraphError(
-                f"metadata {STATE_KEY!r} carries output {state.output!r} to input {state.input!r}, but one of them "
-                f"does not exist; inputs are {list(inputs)}, outputs {list(outputs)}"
-            )
-        small = all(d >= 0 for d in state.shape) and np.prod(state.shape, dtype=np.float64) <= _MAX_ELEMENTS
-        if not small or np.dtype(object) == state.dtype or f"tensor({_onnx_name(state.dtype)})" not in _DTYPES:
-            raise GraphError(f"state {state.input!r} cannot have shape {state.shape} and dtype {state.dtype!r}")
-    for names in ([s.input for s in states], [s.output for s in states]):
-        if len(set(names)) < len(names):
-            raise GraphError(f"metadata {STATE_KEY!r} lists one of {names} twice")
-    return states
-
-
-def _onnx_name(dtype: str) -> str:
-    return {"float32": "float", "float64": "double"}.get(dtype, dtype)
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)
 
 
 def tensor_spec(node: Any) -> TensorSpec:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxcomp.errors import TargetError
 from onnxcomp.model import file_hash
+from onnxcomp.state import StateSpec
 from onnxcomp.target import MANIFEST_VERSION, Artifact, Audit, AuditRow, Feed, TensorSpec
-from onnxcomp.targets.ort.feeds import StateSpec
+from onnxcomp.targets.ort.providers import CPU_ONLY, Provider
 from onnxcomp.targets.ort.rows import Rows
 
 MANIFEST = "manifest.json"
@@ -83,6 +84,8 @@ class Manifest(_Strict):
         executed_ops: Op type to number of nodes in the executable.
         audit: What each compute node became.
         rows: Tells feeds for `MANY` from those for `MODEL`, if there are both.
+        providers: What onnxruntime runs it with, with the options of each.
+        unaudited: Why the audit is empty; empty if the executable was read back.
     """
 
     manifest_version: Literal[1]
@@ -97,11 +100,15 @@ class Manifest(_Strict):
     executed_ops: dict[str, int]
     audit: list[RowEntry]
     rows: Rows | None = None
+    providers: list[Provider] = Field(default_factory=lambda: list(CPU_ONLY), min_length=1)
+    unaudited: str = ""
 
     def to_audit(self) -> Audit:
         """The audit as the core knows it."""
         return Audit(
-            rows=tuple(AuditRow(**row.model_dump()) for row in self.audit), executed_ops=dict(self.executed_ops)
+            rows=tuple(AuditRow(**row.model_dump()) for row in self.audit),
+            executed_ops=dict(self.executed_ops),
+            note=self.unaudited,
         )
 
 
@@ -152,6 +159,7 @@ def write_manifest(folder: Path, audit: Audit, **fields: Any) -> Manifest:
             "files": file_entries(folder),
             "executed_ops": dict(audit.executed_ops),
             "audit": [asdict(row) for row in audit.rows],
+            "unaudited": audit.note,
             **fields,
         }
     )
@@ -194,6 +202,11 @@ def _check_head(path: Path, data: object, target: str) -> None:
         )
     if data.get("target") != target:
         raise TargetError(f"{path} was compiled for target {data.get('target')!r}, not for {target!r}")
+
+
+def providers_of(artifact: Artifact) -> tuple[Provider, ...]:
+    """What an artifact is run with."""
+    return tuple(Provider.model_validate(entry) for entry in artifact.manifest["providers"])
 
 
 def model_file(artifact: Artifact, feed: Feed) -> Path:

@@ -2,7 +2,7 @@
 
 Started as a process of its own, with nothing imported but onnxruntime and NumPy, so that the figure is that of the
 model in use and not of the toolkit. The argument is a JSON file with the keys `model`, `feed` (an .npz file), `library`
-(path or null), `threads` and `runs`.
+(path or null), `providers` (names and options), `threads` and `runs`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ def main(job_path: str) -> None:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if job["library"]:
         options.register_custom_ops_library(job["library"])
-    session = onnxruntime.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
+    names, settings = zip(*job["providers"], strict=True)
+    session = onnxruntime.InferenceSession(
+        job["model"], options, providers=list(names), provider_options=list(settings), enable_fallback=0
+    )
+    if set(names) - set(session.get_providers()):
+        sys.exit(f"onnxruntime loaded {session.get_providers()} and not {list(names)}")
     with np.load(job["feed"], allow_pickle=False) as archive:
         feed = {name: archive[f"array_{index}"] for index, name in enumerate(job["inputs"])}
     for _ in range(job["runs"]):

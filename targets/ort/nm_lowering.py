@@ -13,57 +13,14 @@ from typing_extensions import override
 from onnxcomp import native
 from onnxcomp.break_even import BreakEven, Product
 from onnxcomp.edit import Editor, attribute, become, constant, users
-from onnxcomp.ops import DOMAIN, NM_OPS, unpack_nm
 from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
 from onnxcomp.target import Array
-from onnxcomp.targets.ort.dense_forms import drop_unused, int8_blocks, later
+from onnxcomp.targets.ort.dense_forms import int8_blocks, later
 from onnxcomp.targets.ort.lowering import LOWERED, fixed_rows
+from onnxcomp.targets.ort.nm_calls import NmCall, drop_uncalled, is_nm_call, nm_call
 from onnxcomp.targets.ort.trials import DENSE_BLOCK, MICROSOFT, NM_COLUMNS, NM_QUAD
 
 _GROUP = 4  # inputs that a slot of a kernel selects from
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of an N:M product with a constant weight.
-
-    Attributes:
-        node: The node.
-        parts: Values, indices and, of integers, the scale.
-        m: Size of a group.
-        stored: Weights of a group that are stored.
-        k: Rows of the weight.
-        n: Its columns.
-    """
-
-    node: ir.Node
-    parts: tuple[ir.Value, ...]
-    m: int
-    stored: int
-    k: int
-    n: int
-
-    @property
-    def int8(self) -> bool:
-        return len(self.parts) == 3
-
-    @property
-    def kept(self) -> int | None:
-        """How many of four consecutive weights a kernel stores; None if there is no kernel for the pattern."""
-        if self.m % _GROUP == 0 and self.stored <= 2:  # as many in a part of a group at most
-            return self.stored
-        return 2 if (self.m, self.stored) == (2, 1) else None
-
-    @property
-    def pattern(self) -> str:
-        return f"{self.stored}:{self.m}"
-
-    def weight(self) -> Array:
-        """Values as a matrix, (k, n)."""
-        values, indices = (constant(value) for value in self.parts[:2])
-        assert values is not None
-        assert indices is not None
-        return unpack_nm(values, indices, m=self.m, k=self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +39,7 @@ class NativeNm(Pass):
         edits = []
         lowered: dict[tuple[object, ...], list[ir.Value]] = {}
         for node in list(model.graph.all_nodes()):
-            if node.domain != DOMAIN or node.op_type not in NM_OPS:
+            if not is_nm_call(node):
                 continue
             call = _call(node)
             if isinstance(call, str):
@@ -99,33 +56,20 @@ class NativeNm(Pass):
             else:
                 _to_native(model, call, lowered[key])
                 edits.append(applied(node, f"runs in the native library, {call.kept} of 4 weights stored"))
-        drop_unused(model)
-        called = {n.op_identifier() for n in model.graph.all_nodes()}
-        for identifier in [f for f in model.functions if f[0] == DOMAIN and f[1] in NM_OPS and f not in called]:
-            del model.functions[identifier]
+        drop_uncalled(model)
         return edits
 
 
-def _call(node: ir.Node) -> _Call | str:
-    """What a node calls, or why it has to run by the body of its function."""
-    x, *parts = node.inputs
+def _call(node: ir.Node) -> NmCall | str:
+    """What a kernel could compute, or why a node has to run by the body of its function."""
     if attribute(node, "exact", 0):
         return "it is exact, and kernels round activations to 8 bits; it runs by its function body"
-    if x is None or x.dtype not in (ir.DataType.FLOAT, None):
+    if node.inputs[0] is None or node.inputs[0].dtype not in (ir.DataType.FLOAT, None):
         return "the kernels take float activations; it runs by its function body"
-    found = []
-    for value in parts:
-        if value is None or value.const_value is None or value.is_graph_input():
-            return "its weight is not a constant; it runs by its function body"
-        found.append(value)
-    values = found[0].const_value
-    assert values is not None
-    slots, n = values.shape.numpy()
-    m, k = int(attribute(node, "m")), int(attribute(node, "k"))
-    return _Call(node, tuple(found), m, slots // -(-k // m), k, n)
+    return nm_call(node)
 
 
-def _why_dense(call: _Call, table: Sequence[BreakEven]) -> str:
+def _why_dense(call: NmCall, table: Sequence[BreakEven]) -> str:
     """Why a dense product is better; empty if it is not."""
     if not native.available():
         return "onnxcomp was installed without its native library"
@@ -144,7 +88,7 @@ def _why_dense(call: _Call, table: Sequence[BreakEven]) -> str:
     )
 
 
-def _dense_weights(model: ir.Model, call: _Call) -> list[ir.Value]:
+def _dense_weights(model: ir.Model, call: NmCall) -> list[ir.Value]:
     editor, name = Editor(model), call.parts[0].name or "weight"
     if not call.int8:
         return [
@@ -165,7 +109,7 @@ def _dense_weights(model: ir.Model, call: _Call) -> list[ir.Value]:
     ]
 
 
-def _to_dense(model: ir.Model, call: _Call, weights: Sequence[ir.Value]) -> None:
+def _to_dense(model: ir.Model, call: NmCall, weights: Sequence[ir.Value]) -> None:
     inputs = [call.node.inputs[0], *weights]
     if not call.int8:
         become(call.node, "MatMul", inputs, {}, "")
@@ -175,7 +119,7 @@ def _to_dense(model: ir.Model, call: _Call, weights: Sequence[ir.Value]) -> None
     model.opset_imports.setdefault(MICROSOFT, 1)
 
 
-def _blocks(model: ir.Model, call: _Call) -> list[ir.Value]:
+def _blocks(model: ir.Model, call: NmCall) -> list[ir.Value]:
     """Values and places as the kernels take them, computed when they are read."""
     editor, name, kept = Editor(model), call.parts[0].name or "weight", call.kept
     assert kept is not None
@@ -192,7 +136,7 @@ def _blocks(model: ir.Model, call: _Call) -> list[ir.Value]:
     ]
 
 
-def _to_native(model: ir.Model, call: _Call, weights: Sequence[ir.Value]) -> None:
+def _to_native(model: ir.Model, call: NmCall, weights: Sequence[ir.Value]) -> None:
     node, kept = call.node, call.kept
     assert kept is not None
     editor = Editor(model)

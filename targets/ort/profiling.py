@@ -15,10 +15,11 @@ import numpy as np
 
 from onnxcomp import native
 from onnxcomp.errors import DeviceError, RecipeError
+from onnxcomp.state import StateSpec
 from onnxcomp.target import Artifact, Feed, NodeTime
 from onnxcomp.targets.ort import memory
-from onnxcomp.targets.ort.feeds import StateSpec, check_feed
-from onnxcomp.targets.ort.manifest import input_specs, model_file
+from onnxcomp.targets.ort.feeds import check_feed
+from onnxcomp.targets.ort.manifest import input_specs, model_file, providers_of
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
@@ -112,6 +113,7 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
                     "feed": str(Path(folder, "feed.npz")),
                     "inputs": list(arrays),
                     "library": None if library is None else str(library),
+                    "providers": [(p.name, p.options) for p in providers_of(artifact)],
                     "threads": threads,
                     "runs": _MEMORY_RUNS,
                 }

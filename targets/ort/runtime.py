@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnxcomp import native
-from onnxcomp.errors import CompileError, UnsupportedError
+from onnxcomp.errors import CompileError, DeviceError, UnsupportedError
+from onnxcomp.targets.ort.providers import CPU, CPU_ONLY, INSTALL, Provider
+
+_OF_A_DEVICE = re.compile(r"CUDA failure|CUDA error|CUDNN|cudaError|TensorRT|lib(cu|nvinfer)\S*\.so")
 
 
 def onnxruntime() -> Any:
@@ -63,18 +66,45 @@ def session_options(*, threads: int, domains: Iterable[str] = (), optimize: bool
     return options
 
 
-def make_session(model: str | Path | bytes, options: Any) -> Any:
-    """An InferenceSession on the CPU.
+def missing_provider(providers: Sequence[Provider]) -> str:
+    """The first of some providers that the installed onnxruntime was built without; empty if it has all."""
+    built = set(onnxruntime().get_available_providers())
+    return next((provider.name for provider in providers if provider.name not in built), "")
+
+
+def require(providers: Sequence[Provider]) -> None:
+    """Fails if the installed onnxruntime was built without one of the providers.
+
+    Raises:
+        DeviceError: The message tells what to install.
+    """
+    if missing := missing_provider(providers):
+        raise DeviceError(f"this onnxruntime has no {missing}; {INSTALL[missing]}")
+
+
+def make_session(model: str | Path | bytes, options: Any, providers: Sequence[Provider] = CPU_ONLY) -> Any:
+    """An InferenceSession, on the CPU by default.
 
     Raises:
         UnsupportedError: If an op has no kernel; the message names the node.
+        DeviceError: If a provider is missing, or onnxruntime would do without it.
         CompileError: If onnxruntime rejects the model for another reason.
     """
+    require(providers)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime().InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        # Left to itself it says on stdout that a provider failed, and goes on with others.
+        session = onnxruntime().InferenceSession(
+            source,
+            options,
+            providers=[provider.name for provider in providers],
+            provider_options=[dict(provider.options) for provider in providers],
+            enable_fallback=0,
+        )
     except Exception as error:  # its exceptions have no common root below Exception
         message = clean(error)
+        if providers[0].name != CPU and _OF_A_DEVICE.search(message):
+            raise DeviceError(f"onnxruntime cannot use {providers[0].name}: {message}") from error
         missing = re.search(r"implementation for (\S+) node with name '([^']*)'", message)
         if missing:
             raise UnsupportedError(
@@ -82,6 +112,13 @@ def make_session(model: str | Path | bytes, options: Any) -> Any:
                 "express the op by others"
             ) from error
         raise CompileError(f"onnxruntime rejects the model: {message}") from error
+    used = session.get_providers()
+    if left_out := next((provider.name for provider in providers if provider.name not in used), ""):
+        raise DeviceError(
+            f"onnxruntime could not load {left_out} and would run on {', '.join(used)}; look whether the GPU, its "
+            "driver and the libraries that onnxruntime-gpu needs (CUDA, cuDNN; TensorRT for its provider) are there"
+        )
+    return session
 
 
 def clean(error: BaseException) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.errors import CalibrationError, CompileError, DeviceError
+from onnxcomp.state import StateSpec, model_state
 from onnxcomp.target import Array, Feed, Session, TensorSpec
-from onnxcomp.targets.ort.feeds import StateSpec, check_feed, describe, read_state, tensor_spec
+from onnxcomp.targets.ort.feeds import check_feed, describe, tensor_spec
 from onnxcomp.targets.ort.probe import PLACEHOLDER, build_probe
 from onnxcomp.targets.ort.runtime import clean, make_session, session_options
 
@@ -111,10 +112,7 @@ def reference_runner(
 
 def probe_session(model: ir.Model, outputs: Sequence[str], *, threads: int = 0, optimize: bool = True) -> OrtSession:
     """The session behind `reference_runner`, which tells the shapes of the values as well."""
-    graph = model.graph
-    state = read_state(
-        model.metadata_props, [v.name or "" for v in graph.inputs], [v.name or "" for v in graph.outputs]
-    )
+    state = model_state(model)
     wanted = list(dict.fromkeys(outputs))
     fetch = list(dict.fromkeys([*wanted, *(s.output for s in state)]))
     probe = build_probe(model, fetch)

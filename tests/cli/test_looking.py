@@ -15,6 +15,8 @@ from onnxcomp import doctor
     [
         ("passes", "quantize"),
         ("targets", "ort-cpu"),
+        ("targets", "ort-cuda"),
+        ("targets", "ort-tensorrt"),
         ("recipes", "int8"),
         ("ops", "onnxcomp::ThresholdMatMul"),
         ("ops", "onnxcomp::NMMatMulInt8"),
@@ -99,6 +101,14 @@ def test_doctor_finds_what_is_broken(monkeypatch, as_json, versions, broken, fix
     found = {c["name"]: c for c in as_json("doctor", code=2)}
     assert found[broken]["state"] == "broken"
     assert fix in found[broken]["fix"]
+
+
+def test_doctor_tells_which_targets_only_compile_here(as_json):
+    found = {c["name"]: c for c in as_json("doctor")}
+    providers = found["execution providers"]["value"]
+    for target, provider in (("ort-cuda", "CUDAExecutionProvider"), ("ort-tensorrt", "TensorrtExecutionProvider")):
+        state = ("ok", False) if provider in providers else ("missing", True)
+        assert (found[target]["state"], "onnxruntime-gpu" in found[target]["fix"]) == state
 
 
 def test_doctor_survives_half_a_runtime(monkeypatch, as_json):

@@ -12,6 +12,11 @@ import onnx
 from onnxcomp.api import compile, inspect, legalize, rewrite
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.model import load, save
+from onnxcomp.passes._nm_scores import Method
+from onnxcomp.passes.nm_mask import NmMask
+from onnxcomp.passes.nm_pack import NmPack
+from onnxcomp.passes.permute import Permute
+from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.unrounded import unrounded
 from tests.corpus.harness import differences, run_all, session
 
@@ -28,7 +33,7 @@ def check_model(
     external: bool,
     stage: Callable[[str], object] = str,
 ) -> str:
-    """Cleans up and quantizes a valid model, and legalizes that.
+    """Cleans up and quantizes a valid model, and legalizes that; makes it N:M sparse and packs it.
 
     Args:
         model: The model.
@@ -77,7 +82,39 @@ def check_model(
     except OnnxcompError as error:
         _check_reason(error)
         refused = True
+    try:
+        _check_sparse(path, folder, before, optimized, feeds, data)
+    except OnnxcompError as error:
+        _check_reason(error)
+        refused = True
     return "refused" if refused else "same"
+
+
+def _check_sparse(
+    path: Path,
+    folder: Path,
+    before: list[list[Any]],
+    optimized: list[list[Any]],
+    feeds: Sequence[dict[str, np.ndarray]],
+    data: Sequence[dict[str, np.ndarray]],
+) -> None:
+    """Another order of channels changes nothing, nor does packing what a mask made sparse."""
+    permuted, masked, packed = (folder / f"{name}.onnx" for name in ("permuted", "masked", "packed"))
+    rewrite(path, permuted, recipe=[Permute(score="magnitude", include_ends=True)])
+    _check_same(path, permuted, before, optimized, feeds, "permute")
+    method: Method
+    for method in ("sparsegpt", "wanda"):
+        rewrite(permuted, masked, recipe=[NmMask(method=method, include_ends=True)], data=data)
+        sparse = run_all(masked, feeds)
+        assert _interface(session(path)) == _interface(session(masked)), "nm_mask changed the interface"
+    rewrite(masked, packed, recipe=[NmPack()])
+    _check_same(masked, packed, sparse, run_all(masked, feeds, optimize=True), feeds, "nm_pack")
+    for target in ("ort-cpu", "ort-tensorrt"):
+        artifact = compile(packed, folder / "artifact", target=target)
+        options = session_options(threads=1, domains=artifact.manifest["opsets"], optimize=False)
+        runner = make_session(artifact.path / "model.onnx", options)
+        found = _changes(sparse, [runner.run(None, dict(feed)) for feed in feeds], ATOL)
+        assert not found, f"compiled for {target}, the packed model's outputs are others: {found}"
 
 
 def _check_same(
@@ -86,14 +123,15 @@ def _check_same(
     before: list[list[Any]],
     optimized: list[list[Any]],
     feeds: Sequence[dict[str, np.ndarray]],
+    what: str = "cleanup",
 ) -> None:
     """The result is the original where nothing is optimised; optimised it is either original, as fusions round anew."""
     found = _changes(before, run_all(result, feeds))
-    assert not found, f"cleanup changed the outputs: {found}"
+    assert not found, f"{what} changed the outputs: {found}"
     after = run_all(result, feeds, optimize=True)
     found = min((_changes(original, after, ATOL) for original in (optimized, before)), key=len)
-    assert not found, f"optimised, the outputs after cleanup are others: {found}"
-    assert _interface(session(path)) == _interface(session(result)), "cleanup changed the interface"
+    assert not found, f"optimised, the outputs after {what} are others: {found}"
+    assert _interface(session(path)) == _interface(session(result)), f"{what} changed the interface"
 
 
 def _changes(before: list[list[Any]], after: list[list[Any]], atol: float = 0.0) -> list[str]:

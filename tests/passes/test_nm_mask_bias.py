@@ -99,3 +99,30 @@ def test_without_data_biases_stay(b, run_passes):
     before = constant(model.graph.initializers["b"]).copy()
     run_passes(model, NmMask(method="magnitude", include_ends=True))
     np.testing.assert_array_equal(constant(model.graph.initializers["b"]), before)
+
+
+@pytest.mark.parametrize("form", ["gemm", "matmul", "conv"])
+def test_old_biases_do_not_stay_behind(form, b, run_passes):
+    model, feeds = build(b, form)
+    run_passes(model, NmMask(method="wanda", include_ends=True), data=feeds)
+    assert sorted(model.graph.initializers) == ["b_shifted", "w"]
+
+
+def test_old_constants_do_not_stay_behind(b, run_passes):
+    """Neither the integers of a bias nor a weight that a node holds."""
+    model, feeds = build(b, "gemm")
+    node = model.graph[0]
+    scale = ir.Value(name="scale", const_value=ir.tensor(np.full(10, 0.001, np.float32), name="scale"))
+    integers = ir.Value(name="integers", const_value=ir.tensor(np.arange(10, dtype=np.int32), name="integers"))
+    for value in (scale, integers):
+        model.graph.register_initializer(value)
+    held = ir.node("Constant", [], {"value": model.graph.initializers.pop("w").const_value}, name="held")
+    bias = ir.node("DequantizeLinear", [integers, scale], {"axis": 0}, name="bias")
+    model.graph.insert_before(node, (held, bias))
+    node.replace_input_with(1, held.outputs[0])
+    node.replace_input_with(2, bias.outputs[0])
+    model.graph.initializers.pop("b")
+    run_passes(model, NmMask(method="wanda", include_ends=True), data=feeds)
+    assert [n.op_type for n in model.graph] == ["DequantizeLinear", "Gemm"]
+    assert all(value.uses() for value in model.graph.initializers.values())
+    assert len(model.graph.initializers) == 3
