@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxcomp.stream_profile import StreamProfile
 from onnxcomp.verbs.compression import compress
 from onnxcomp.verbs.inspection import doctor, inspect, list_ops, list_passes, list_recipes, list_targets
 from onnxcomp.verbs.legalization import legalize
@@ -20,6 +21,7 @@ from onnxcomp.verbs.rewriting import compile, export, rewrite
 from onnxcomp.verbs.sensing import sensitivity
 from onnxcomp.verbs.sparsity import SparsityProfile, sparsity
 from onnxcomp.verbs.sparsity_page import write_sparsity_page
+from onnxcomp.verbs.streaming import profile_stream, write_stream_page
 
 __all__ = [
     "Inspection",
@@ -33,6 +35,7 @@ __all__ = [
     "Sensitivity",
     "Shapes",
     "SparsityProfile",
+    "StreamProfile",
     "calibrate_target",
     "compare",
     "compile",
@@ -47,8 +50,10 @@ __all__ = [
     "list_targets",
     "perplexity",
     "profile",
+    "profile_stream",
     "rewrite",
     "sensitivity",
     "sparsity",
     "write_sparsity_page",
+    "write_stream_page",
 ]

@@ -27,6 +27,8 @@ from onnxcomp.cli_options import (
     SomeSamples,
     SomeTokens,
     SparsityPage,
+    Stream,
+    StreamPage,
     Stride,
     TailError,
     TargetName,
@@ -151,14 +153,34 @@ def profile(
     baseline: Annotated[Path | None, typer.Option("--baseline", help="Measured interleaved with the model.")] = None,
     target: TargetName = "ort-cpu",
     data: OneFeed = "random",
+    stream: Stream = False,
+    samples: SomeSamples = None,
+    plot: StreamPage = None,
     timing: Timing,
     seed: Seed = 0,
     inputs: Inputs = None,
     as_json: Json = False,
 ) -> None:
-    """Measure latency, memory and time by node on the target."""
+    """Measure latency, memory and time by node on the target, or the steps of a stream."""
     from onnxcomp import api
+    from onnxcomp.verbs.sparsity_page import check_page
 
+    if not stream and (plot is not None or samples is not None):
+        raise RecipeError("--plot and --samples are for a stream; give --stream as well")
+    if plot is not None:
+        check_page(plot)
+    if stream:
+        with working(as_json) as progress:
+            found = api.profile_stream(
+                model, baseline, target=target, data=data, samples=samples, **timing.keywords(),
+                shapes=shapes(inputs), progress=progress,
+            )  # fmt: skip
+        cli_render.stream_profile(found, as_json)
+        if plot is not None:
+            api.write_stream_page(found, plot, model=model.name)
+            if not as_json:
+                typer.echo(f"plot: {plot}")
+        return
     with working(as_json) as progress:
         result = api.profile(
             model, baseline, target=target, data=data, **timing.keywords(), seed=seed, shapes=shapes(inputs),

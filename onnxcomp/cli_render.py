@@ -21,15 +21,20 @@ if TYPE_CHECKING:
         Profile,
         RewriteResult,
         SparsityProfile,
+        StreamProfile,
     )
     from onnxcomp.break_even import BreakEven
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
     from onnxcomp.profile import Ratio
     from onnxcomp.rewrite import PassReport, Progress
+    from onnxcomp.stream_profile import StreamStep
     from onnxcomp.target import Artifact
     from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact, PatternUse
     from onnxcomp.verbs.sparsity import Density
+
+_SHOWN_STEPS = 24
+"""Lines for the steps of a stream; longer ones are put together."""
 
 
 @contextmanager
@@ -262,8 +267,69 @@ def profile(found: Profile, as_json: bool) -> None:
     )
     _ratio("model / baseline", found.ratio)
     _print(f"peak memory {_size(found.peak_memory)}; {found.threads} thread(s) on {found.target}")
+    if found.carries_state:
+        _print("the model carries state: one feed over and over is no stream; give a sequence with --stream")
     slowest = sorted(found.node_times, key=lambda n: -n.microseconds)[:10]
     _table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])
+
+
+def stream_profile(found: StreamProfile, as_json: bool) -> None:
+    """Prints what the steps of a stream take: all of them, those of low and of high density, and one by one."""
+    if as_json:
+        _json({**vars(found), "verdict": found.verdict})
+        return
+    sides = {"model": found.model, **({"baseline": found.baseline} if found.baseline else {})}
+    _table(
+        ("", "p50 ms", "p90 ms", "ms a pass", "CPU ms a pass"),
+        [
+            (k, f"{v.p50:.3f}", f"{v.p90:.3f}", f"{v.passes.p50:.3f}", f"{v.passes.cpu_p50:.3f}")
+            for k, v in sides.items()
+        ],
+    )
+    parts = {"lowest": found.low, "highest": found.high}
+    rows = [
+        (
+            f"quarter of {k} density",
+            f"{len(v.steps)}",
+            f"{v.density:.1%}",
+            f"{v.model_ms:.3f}",
+            _decimals(v.baseline_ms, 3),
+            _decimals(v.ratio.median if v.ratio else None, 2),
+        )
+        for k, v in parts.items()
+        if v
+    ]
+    if rows:
+        _table(("", "steps", "density", "model ms", "baseline ms", "ratio"), rows)
+    size = -(-len(found.steps) // _SHOWN_STEPS)
+    groups = [found.steps[i : i + size] for i in range(0, len(found.steps), size)]
+    _table(("step", "density", "of the state", "model ms", "baseline ms", "ratio"), [_steps(g) for g in groups])
+    if size > 1:
+        _print("of several steps the median; --json shows every step")
+    _print(
+        f"{len(found.steps)} steps of {found.data}, {found.model.passes.samples} passes, mean density "
+        f"{found.density:.1%}; {found.threads} thread(s) on {found.target}"
+    )
+    if found.verdict:
+        _print(found.verdict)
+
+
+def _steps(group: Sequence[StreamStep]) -> tuple[str, ...]:
+    """A line for one step, or for several that follow each other."""
+    from statistics import median
+
+    def middle(name: str, digits: int, factor: float = 1.0) -> str:
+        values = [v for step in group if (v := getattr(step, name)) is not None]
+        return _decimals(factor * median(values) if values else None, digits)
+
+    first, last = group[0].step, group[-1].step
+    shares = (f"{text} %" if (text := middle(name, 1, 100.0)) else "" for name in ("density", "state_density"))
+    times = (middle("model_ms", 3), middle("baseline_ms", 3), middle("ratio", 2))
+    return str(first) if first == last else f"{first} - {last}", *shares, *times
+
+
+def _decimals(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def fidelity(found: Fidelity, as_json: bool) -> None:

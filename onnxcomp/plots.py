@@ -1,4 +1,4 @@
-"""Plots of a report and of a sparsity profile as inline SVG.
+"""Plots of a report, of a sparsity profile and of a stream as inline SVG.
 
 The only module that imports matplotlib, and only when a plot is drawn. Text and axes are drawn in the colour of
 the surrounding text and the background is left out, so that one picture suits a light and a dark page. The same input
@@ -206,6 +206,33 @@ def perplexities(points: Sequence[tuple[float, float]], limit: float, share: flo
         axes.legend(loc="upper left")
 
     return _svg("perplexities", draw, 3.2)
+
+
+def stream(densities: Mapping[str, Sequence[float | None]], times: Mapping[str, Sequence[float]]) -> str:
+    """Shares of what changed in every step of a stream, and below what the steps took.
+
+    Args:
+        densities: At most two, by what changed; None where it is not known.
+        times: Milliseconds by model, the one in question last.
+    """
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+        for (label, shares), color in zip(densities.items(), (AFTER, WORST), strict=False):
+            above.plot([math.nan if share is None else share for share in shares], lw=1.2, color=color, label=label)
+        _shares(above.yaxis)
+        above.set_ylim(0.0, 1.02)
+        above.set_ylabel("changed elements")
+        for (label, found), color in zip(times.items(), (BEFORE, AFTER)[-len(times) :], strict=True):
+            below.plot(found, lw=1.2, color=color, label=label)
+        below.set_ylim(bottom=0.0)
+        below.set_ylabel("ms a step")
+        below.set_xlabel("step")
+        for axes in (above, below):
+            axes.grid()
+            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
+
+    return _svg("stream", draw, 4.2)
 
 
 def _blocks_along(axes: Axes, count: int) -> None:

@@ -22,6 +22,11 @@ from onnxcomp.errors import RecipeError
 MIN_ROUNDS = 5
 """Rounds that are measured even if the time budget is spent."""
 
+_SMALLEST = 0.02
+"""Change of the run time below which no claim is made: the layout of a binary in memory alone can cost as much."""
+_CONFIDENCE = 0.9
+"""Coverage of the ratio's interval below which no claim is made."""
+
 
 class Clock(Protocol):
     """A source of time in nanoseconds."""
@@ -147,7 +152,7 @@ def measure(
             if late and done >= MIN_ROUNDS:
                 break
             for name in names if done % 2 == 0 else reversed(names):
-                elapsed_wall, elapsed_cpu = _time(runs[name], clock)
+                elapsed_wall, elapsed_cpu = timed(runs[name], clock)
                 wall[name].append(elapsed_wall)
                 cpu[name].append(elapsed_cpu)
             if progress:
@@ -158,7 +163,8 @@ def measure(
     return {name: Latency.of(wall[name], cpu[name]) for name in names}
 
 
-def _time(run: Callable[[], object], clock: Clock) -> tuple[int, int]:
+def timed(run: Callable[[], object], clock: Clock) -> tuple[int, int]:
+    """Nanoseconds of wall and of CPU time that `run` takes."""
     cpu, wall = clock.cpu(), clock.wall()
     run()
     return clock.wall() - wall, clock.cpu() - cpu
@@ -213,6 +219,15 @@ def ratio(a: Latency, b: Latency, *, by: Literal["wall", "cpu"] = "wall", confid
         confidence=coverage,
         rounds=len(ratios),
     )
+
+
+def claim(found: Ratio) -> Literal["faster", "slower", "same", "unknown"]:
+    """What a ratio allows to say of its numerator; `unknown` if there were too few rounds."""
+    if found.confidence < _CONFIDENCE:
+        return "unknown"
+    if found.low > 1.0 and found.median > 1.0 + _SMALLEST:
+        return "slower"
+    return "faster" if found.high < 1.0 and found.median < 1.0 - _SMALLEST else "same"
 
 
 def _median_rank(count: int, confidence: float) -> tuple[int, float]:

@@ -24,16 +24,12 @@ from onnxcomp import templates
 from onnxcomp.compare import Fidelity
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.model import ModelSize
-from onnxcomp.profile import Latency, Ratio
+from onnxcomp.profile import Latency, Ratio, claim
 from onnxcomp.rewrite import PassReport
 from onnxcomp.target import Audit, NodeTime
 from onnxcomp.templates.format import count, decibels, milliseconds, percent, printable, size, spread
 
 REPORT_VERSION = 1
-_SMALLEST = 0.02
-"""Change of the run time below which no claim is made: the layout of a binary in memory alone can cost as much."""
-_CONFIDENCE = 0.9
-"""Coverage of the ratio's interval below which no claim is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +122,18 @@ class Report:
         where = f"{self.target}, {self.threads} thread{'s' * (self.threads != 1)}"
         if self.ratio is None:
             return Verdict(kind="unknown", text=f"latency was not compared on {where}: no claim about speed")
-        if self.ratio.confidence < _CONFIDENCE:
+        kind = claim(self.ratio)
+        if kind == "unknown":
             text = f"{self.ratio.rounds} paired runs on {where} are too few: no claim about speed"
             return Verdict(kind="unknown", text=text)
         times = f"{self.ratio.median:.2f}x"
         interval = f"{self.ratio.confidence:.0%} interval {self.ratio.low:.2f}-{self.ratio.high:.2f}"
-        if self.ratio.low > 1.0 and self.ratio.median > 1.0 + _SMALLEST:
+        if kind == "slower":
             return Verdict(
                 kind="slower",
                 text=f"SLOWER: {self.recipe} takes {times} the time of the original ({interval}; {where})",
             )
-        if self.ratio.high < 1.0 and self.ratio.median < 1.0 - _SMALLEST:
+        if kind == "faster":
             return Verdict(
                 kind="faster",
                 text=f"{self.recipe} runs in {times} of the time of the original ({interval}; {where})",

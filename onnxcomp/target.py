@@ -17,10 +17,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.break_even import BreakEven
-from onnxcomp.errors import UnsupportedError
+from onnxcomp.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
+    import os
+
     from onnxcomp.rewrite import Pass
+    from onnxcomp.state import StateSpec
 
 Array: TypeAlias = npt.NDArray[Any]
 Feed: TypeAlias = Mapping[str, Array]
@@ -155,7 +158,11 @@ class Artifact:
 
 
 class Session(ABC):
-    """A loaded artifact that runs feeds. Streaming state, if the model has any, is carried from run to run."""
+    """A loaded artifact that runs feeds. Streaming state, if the model has any, is carried from run to run.
+
+    A session is one stream, for one thread at a time; `stream` makes others of the same model. A session that carries
+    state overrides `states`, `state`, `restore` and `stream`; what they do here is right for one without.
+    """
 
     @property
     @abstractmethod
@@ -185,6 +192,67 @@ class Session(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Forgets the streaming state."""
+
+    @property
+    def states(self) -> Sequence[StateSpec]:
+        """The streaming state that is carried."""
+        return ()
+
+    @property
+    def model_hash(self) -> str:
+        """What tells the loaded model from others, for saved states; empty if that is not known."""
+        return ""
+
+    def state(self) -> dict[str, Array]:
+        """Copies of the streaming state by input name, each of the shape and dtype of its spec; empty if there is none.
+
+        Raises:
+            DeviceError: If the state was lost in a run that failed.
+        """
+        self._need_no_state()
+        return {}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Goes on from a streaming state that `state` returned, of this stream or another one of the same model.
+
+        Args:
+            state: Input name to array, of which copies are taken.
+
+        Raises:
+            DataError: If names, shapes or dtypes are not those of `states`; the state then is what it was.
+        """
+        self._need_no_state()
+        if state:
+            raise DataError(f"the session carries no state, but some was given for {', '.join(map(repr, state))}")
+        self.reset()
+
+    def stream(self) -> Session:
+        """Another stream over the same loaded model, which starts from reset; weights are shared, state is not.
+
+        What carries no state is every stream at once, and returned itself.
+        """
+        self._need_no_state()
+        return self
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Writes the streaming state to a file; see `onnxcomp.state.save_state`."""
+        from onnxcomp.state import save_state
+
+        save_state(path, self.state(), model_hash=self.model_hash)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from the streaming state in a file that `save_state` wrote, in this process or another one.
+
+        Raises:
+            DataError: If the file is damaged, or of another model; the state then is what it was.
+        """
+        from onnxcomp.state import load_state
+
+        self.restore(load_state(path, model_hash=self.model_hash, states=self.states))
+
+    def _need_no_state(self) -> None:
+        if self.states:
+            raise UnsupportedError(f"{type(self).__name__} does not give its streaming state away")
 
 
 class Target(ABC):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.edit import Editor, redirect, users
-from onnxcomp.ops import DELTA_OPS, DOMAIN, SPARSITY
+from onnxcomp.ops import DELTA_OPS, DOMAIN
 from onnxcomp.passes._delta_scopes import Slot, States
 from onnxcomp.passes._delta_sites import Site
 
@@ -46,12 +46,6 @@ class Place:
         assert self.threshold.dtype is not None
         array = np.array(level, self.threshold.dtype.numpy())
         self.threshold.const_value = ir.tensor(array, name=self.threshold.name)
-
-    def note(self, density: tuple[float, ...]) -> None:
-        """Notes what calibration saw: in the report, and for the target, which skips what is not sent."""
-        self.density = density
-        if density:
-            self.node.metadata_props[SPARSITY] = f"{1 - float(np.mean(density)):.4g}"
 
     def describe(self, semantics: str) -> str:
         """What was done, for the report."""

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import CalibrationError
+from onnxcomp.ops import SPARSITY
 from onnxcomp.passes._delta_holds import Holds, Place
 from onnxcomp.passes._delta_shapes import show_all
 from onnxcomp.rewrite import Context
@@ -177,7 +178,9 @@ def note_densities(holds: Holds, dense: Dense, context: Context) -> None:
                 shares[name].append(float((changed.any(axis=1) if place.pixels else changed).mean()))
         before = {name: np.array(array) for name, array in sent.items()}
     for place in places:
-        place.note(tuple(shares[place.slot.spec.output]))
+        place.density = tuple(shares[place.slot.spec.output])
+        of_node = [d for p in places if p.node is place.node for d in p.density]
+        place.node.metadata_props[SPARSITY] = f"{1 - float(np.mean(of_node)):.4g}"
 
 
 @contextmanager

@@ -31,8 +31,9 @@ class Delta(Pass):
     """Makes a per-frame model a step model that carries its state and sends on only what changed.
 
     In front of convolutions and of products with constant weights, a value that changed by at most a threshold since it
-    was last sent keeps the value that was sent. What was sent is state: a graph input `..._in` and a graph output
-    `..._out`, listed in the model's metadata, and zero before the first step, in which everything is sent.
+    was last sent keeps the value that was sent: an element of a product's input alone, of a map all channels of a place
+    together, by the root mean square of their changes. What was sent is state: a graph input `..._in` and a graph
+    output `..._out`, listed in the model's metadata, and zero before the first step, in which everything is sent.
 
     * `residual` compares with what was last sent, so that small changes add up until they are sent: the kept residual
       of DeltaCNN (Parger et al., arXiv 2203.03996) and of delta networks (Neil et al., arXiv 1612.05571);

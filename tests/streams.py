@@ -64,6 +64,61 @@ def recurrent(op_type: str, inputs: int = 6, hidden: int = 5) -> ir.Model:
     return b.model(opset=18)
 
 
+def branching() -> ir.Model:
+    """Products in front of an If and in both of its branches."""
+    b = Builder()
+    x, which = b.input("x", [1, 4]), b.input("which", [], TensorProto.BOOL)
+    weight = b.floats(4, 4)
+    branches = []
+    for name in ("yes", "no"):
+        node = helper.make_node("MatMul", [x, weight], [name], name=f"product_{name}")
+        out = helper.make_node("Relu" if name == "yes" else "Neg", [name], [f"{name}_out"], name=f"last_{name}")
+        info = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [1, 4])
+        branches.append(helper.make_graph([node, out], name, [], [info]))
+    inner = helper.make_node("Add", [x, x], ["twice"], name="twice")
+    product = helper.make_node("MatMul", ["twice", weight], ["inside"], name="inside")
+    branches[0].node.extend([inner, product, helper.make_node("Add", ["inside", "yes_out"], ["both"], name="both")])
+    branches[0].output[0].name = "both"
+    b.nodes.append(
+        helper.make_node("If", [which], ["y"], name="choose", then_branch=branches[0], else_branch=branches[1])
+    )
+    return b.output("y").model(opset=18)
+
+
+def looping(*, scans: bool = False) -> ir.Model:
+    """A product in the body of a Loop, which may collect outputs as well."""
+    b = Builder()
+    x = b.input("x", [1, 4])
+    weight = b.floats(4, 4)
+    body_nodes = [
+        helper.make_node("Add", ["s", "x"], ["mixed"], name="mix"),
+        helper.make_node("Tanh", ["mixed"], ["squashed"], name="squash"),
+        helper.make_node("MatMul", ["squashed", weight], ["s_next"], name="turn"),
+        helper.make_node("Identity", ["go"], ["go_on"], name="go"),
+        helper.make_node("Neg", ["s_next"], ["trace"], name="trace"),
+    ]
+    float_ = TensorProto.FLOAT
+    ins = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []),
+        helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("s", float_, [1, 4]),
+    ]
+    outs = [
+        helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("s_next", float_, [1, 4]),
+        *([helper.make_tensor_value_info("trace", float_, [1, 4])] if scans else []),
+    ]
+    body = helper.make_graph(body_nodes if scans else body_nodes[:-1], "body", ins, outs)
+    count, go = b.const(np.array(3)), b.const(np.array(True))
+    start = b.const(np.zeros((1, 4), np.float32))
+    names = ["final", "traces"] if scans else ["final"]
+    b.nodes.append(helper.make_node("Loop", [count, go, start], names, name="loop", body=body))
+    total = b.op("Add", "final", x)
+    if scans:
+        total = b.op("Add", total, b.op("ReduceSum", "traces", b.const(np.array([0])), keepdims=0))
+    return b.output(total).model(opset=18)
+
+
 def frames(count: int, size: int = 16, seed: int = 0, dtype: type = np.float32) -> Feeds:
     """A still picture in which a small patch moves and brightens; some steps change nothing."""
     rng = np.random.default_rng(seed)

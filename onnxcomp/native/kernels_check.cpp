@@ -14,6 +14,7 @@
 #include "kernels/rows_f32.h"
 #include "kernels/rows_int4.h"
 #include "kernels/rows_int8.h"
+#include "kernels_check_delta.h"
 
 namespace {
 
@@ -361,6 +362,7 @@ int main() {
     for (std::size_t round = 0; round < kRounds; ++round) {
       check_select(isa, round);
       check_f32(isa, round);
+      g_failures += delta_check::run(isa, round);
       check_dense(isa);
       check_int8(isa, round);
       check_int4<float>(isa, round);

@@ -34,7 +34,8 @@ struct TensorTypeAndShapeInfo;
 struct Value;
 
 enum class ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum class ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10 };  // kAny: of an op's input
+// kAny: of an op's input.
+enum class ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kBool = 9, kFloat16 = 10 };
 enum class Presence : int { kRequired = 0 };  // OrtCustomOpInputOutputCharacteristic
 enum class MemType : int { kDefault = 0 };
 
@@ -93,6 +94,7 @@ using GetDimensionsCount = Slot<61, Status*(const TensorTypeAndShapeInfo*, std::
 using GetDimensions = Slot<62, Status*(const TensorTypeAndShapeInfo*, std::int64_t*, std::size_t)>;
 using GetSymbolicDimensions = Slot<63, Status*(const TensorTypeAndShapeInfo*, const char**, std::size_t)>;
 using GetTensorTypeAndShape = Slot<65, Status*(const Value*, TensorTypeAndShapeInfo**)>;
+using KernelInfoGetAttribute_float = Slot<85, Status*(const KernelInfo*, const char*, float*)>;
 using KernelInfoGetAttribute_int64 = Slot<86, Status*(const KernelInfo*, const char*, std::int64_t*)>;
 using KernelContext_GetInput = Slot<90, Status*(const KernelContext*, std::size_t, const Value**)>;
 using KernelContext_GetOutput = Slot<91, Status*(KernelContext*, std::size_t, const std::int64_t*, std::size_t, Value**)>;

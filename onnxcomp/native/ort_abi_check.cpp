@@ -17,6 +17,7 @@ static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == static_cast<int>(ours::Elem
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED == static_cast<int>(ours::ElementType::kAny), "any");
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 == static_cast<int>(ours::ElementType::kUint8), "uint8");
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 == static_cast<int>(ours::ElementType::kInt8), "int8");
+static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL == static_cast<int>(ours::ElementType::kBool), "bool");
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == static_cast<int>(ours::ElementType::kFloat16), "float16");
 static_assert(ORT_FAIL == static_cast<int>(ours::ErrorCode::kFail), "fail");
 static_assert(ORT_INVALID_ARGUMENT == static_cast<int>(ours::ErrorCode::kInvalidArgument), "invalid argument");
@@ -36,6 +37,7 @@ CHECK_SLOT(GetDimensionsCount);
 CHECK_SLOT(GetDimensions);
 CHECK_SLOT(GetSymbolicDimensions);
 CHECK_SLOT(GetTensorTypeAndShape);
+CHECK_SLOT(KernelInfoGetAttribute_float);
 CHECK_SLOT(KernelInfoGetAttribute_int64);
 CHECK_SLOT(KernelContext_GetInput);
 CHECK_SLOT(KernelContext_GetOutput);

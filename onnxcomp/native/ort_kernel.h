@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "ort_abi.h"
 
@@ -212,8 +213,22 @@ inline ort::Status* infer_product(const ort::Api* api, ort::ShapeInferContext* c
   return status;
 }
 
-// Describes the op `Op` to the runtime: required tensors in, one fp32 tensor out. `Op` is made of (api, info), and has
-// kName, kInputs, input_type(i), check_attributes(), compute(context) and infer_shape(api, context).
+// Outputs of an op and their types: one fp32 tensor unless it says otherwise.
+template <typename Op, typename = void>
+struct Outputs {
+  static constexpr std::size_t kCount = 1;
+  static ort::ElementType type(std::size_t) { return ort::ElementType::kFloat; }
+};
+
+template <typename Op>
+struct Outputs<Op, std::void_t<decltype(Op::kOutputs)>> {
+  static constexpr std::size_t kCount = Op::kOutputs;
+  static ort::ElementType type(std::size_t index) { return Op::output_type(index); }
+};
+
+// Describes the op `Op` to the runtime: required tensors in, one fp32 tensor out, or kOutputs of output_type(i). `Op` is
+// made of (api, info), and has kName, kInputs, input_type(i), check_attributes(), compute(context) and
+// infer_shape(api, context).
 template <typename Op>
 ort::CustomOp describe() {
   ort::CustomOp op{};
@@ -222,8 +237,8 @@ ort::CustomOp describe() {
   op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
   op.GetInputType = [](const ort::CustomOp*, std::size_t index) { return Op::input_type(index); };
   op.GetInputTypeCount = [](const ort::CustomOp*) { return std::size_t{Op::kInputs}; };
-  op.GetOutputType = [](const ort::CustomOp*, std::size_t) { return ort::ElementType::kFloat; };
-  op.GetOutputTypeCount = [](const ort::CustomOp*) { return std::size_t{1}; };
+  op.GetOutputType = [](const ort::CustomOp*, std::size_t index) { return Outputs<Op>::type(index); };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) { return Outputs<Op>::kCount; };
   op.KernelDestroy = [](void* kernel) {
     static_cast<Op*>(kernel)->~Op();
     std::free(kernel);

@@ -1,5 +1,9 @@
 // The domain `onnxcomp.native` of custom ops for ONNX Runtime on the CPU: the list of its ops, and their registration.
 
+#include "ort_delta_conv.h"
+#include "ort_delta_point.h"
+#include "ort_delta_pool.h"
+#include "ort_delta_rnn.h"
 #include "ort_nm.h"
 #include "ort_sparse.h"
 
@@ -27,6 +31,14 @@ ONNXCOMP_NAME(KeepAbove);
 ONNXCOMP_NAME(KeepLargest);
 ONNXCOMP_NAME(NMMatMul);
 ONNXCOMP_NAME(NMMatMulInt8);
+ONNXCOMP_NAME(DeltaAdd);
+ONNXCOMP_NAME(DeltaMul);
+ONNXCOMP_NAME(DeltaMatMul);
+ONNXCOMP_NAME(DeltaMatMulInt8);
+ONNXCOMP_NAME(DeltaGRU);
+ONNXCOMP_NAME(DeltaGRUInt8);
+ONNXCOMP_NAME(DeltaLSTM);
+ONNXCOMP_NAME(DeltaLSTMInt8);
 
 const ort::CustomOp kOps[] = {
     describe<SparseMatMul<NamedThresholdMatMul, RowsF32, AboveThreshold>>(),
@@ -42,6 +54,22 @@ const ort::CustomOp kOps[] = {
     describe<Keep<NamedKeepLargest, Largest>>(),
     describe<NmMatMul<NamedNMMatMul, NmFloat>>(),
     describe<NmMatMul<NamedNMMatMulInt8, NmInt8>>(),
+    describe<DeltaEnter>(),
+    describe<DeltaConv>(),
+    describe<DeltaPool>(),
+    describe<DeltaGlobalPool>(),
+    describe<DeltaBinary<NamedDeltaAdd, false>>(),
+    describe<DeltaBinary<NamedDeltaMul, true>>(),
+    describe<DeltaConcat>(),
+    describe<DeltaSlice>(),
+    describe<DeltaUnary>(),
+    describe<DeltaResize>(),
+    describe<DeltaMatMul<NamedDeltaMatMul, RowsF32>>(),
+    describe<DeltaMatMul<NamedDeltaMatMulInt8, RowsInt8>>(),
+    describe<DeltaGru<NamedDeltaGRU, RowsF32>>(),
+    describe<DeltaGru<NamedDeltaGRUInt8, RowsInt8>>(),
+    describe<DeltaLstm<NamedDeltaLSTM, RowsF32>>(),
+    describe<DeltaLstm<NamedDeltaLSTMInt8, RowsInt8>>(),
 };
 
 ort::Status* add_ops(const ort::Api* api, ort::CustomOpDomain* domain) {

@@ -31,21 +31,23 @@ def delta_hold(x: Float, last: Float, started: _Bool | bool, threshold: Float | 
 
 
 def delta_hold_pixels(x: Float, last: Float, started: _Bool | bool, threshold: Float | float) -> Float:
-    """As `delta_hold`, but all channels of a place are sent as soon as one of them is.
+    """As `delta_hold`, but a place is sent with all its channels, once their change is large as a root mean square.
 
     Whoever reads a place of a map needs all its channels, so that a place with one changed channel costs as much as one
-    whose channels all changed (the pixels of DeltaCNN, Parger et al., arXiv 2203.03996).
+    whose channels all changed (the pixels of DeltaCNN, Parger et al., arXiv 2203.03996, with its RMS norm). NaN is
+    always sent.
 
     Args:
         x: Values, floating, `[N, C, ...]`.
         last: What was last sent, like `x`.
         started: False in the first step of a stream, in which everything is sent.
-        threshold: Scalar, or one for every channel, `[C, 1, ...]`.
+        threshold: Scalar.
 
     Returns:
         Like `x`.
     """
-    sent = (~(np.abs(x - last) <= threshold)).any(axis=1, keepdims=True) | ~np.asarray(started)
+    size = np.sqrt(np.square(x - last).mean(axis=1, keepdims=True))
+    sent = ~(size <= threshold) | ~np.asarray(started)
     held: Float = np.where(sent, x, last).astype(x.dtype, copy=False)
     return held
 
@@ -73,20 +75,22 @@ def hold_pixels_op() -> PortableOp:
     """`DeltaHoldPixels`."""
     return PortableOp(
         name="DeltaHoldPixels",
-        summary="keeps what was last sent of every place whose channels all changed by at most a threshold",
-        signature="X [N, C, ...], last like X, started [] bool, threshold [] or [C, 1, ...] -> Y like X; float",
+        summary="keeps what was last sent of every place whose channels changed by an RMS of at most a threshold",
+        signature="X [N, C, ...], last like X, started [] bool, threshold [] -> Y like X; float",
         body="""
         DeltaHoldPixels (X, last, started, threshold) => (Y) {
             change = Sub (X, last)
-            size = Abs (change)
-            small = LessOrEqual (size, threshold)
-            large = Not (small)
-            counts = Cast <to = 1> (large)
+            square = Mul (change, change)
             channels = Constant <value_ints = [1]> ()
-            count = ReduceSum <keepdims = 1> (counts, channels)
-            zero = Constant <value_float = 0.0> ()
-            none = LessOrEqual (count, zero)
-            kept = And (none, started)
+            sum = ReduceSum <keepdims = 1> (square, channels)
+            shape = Shape (X)
+            place = Constant <value_ints = [1]> ()
+            number = Gather (shape, place)
+            count = CastLike (number, X)
+            mean = Div (sum, count)
+            size = Sqrt (mean)
+            small = LessOrEqual (size, threshold)
+            kept = And (small, started)
             Y = Where (kept, last, X)
         }
         """,

@@ -130,6 +130,12 @@ def compress(
             "before": chosen.load(baseline, threads=threads),
             "after": chosen.load(artifact, threads=threads),
         }
+        streams = len(sessions["after"].states) > len(sessions["before"].states)
+        if streams and measure:
+            warnings.append(
+                "the rewritten model carries state, and its times are those of one feed over and over, in which "
+                "nothing changes: compare them on a sequence with onnxcomp profile --stream --baseline"
+            )
         fidelity = fidelity_of(sessions, original, rewritten, evaluation, scored, progress)
         feeds = load_data("random", input_specs(original), seed=seed) if evaluation is None else evaluation
         feed = next(iter(feeds))
@@ -154,7 +160,7 @@ def compress(
             after=after,
             passes=(*passes, *(step for step in lowering if step.edits)),
             fidelity=fidelity,
-            ratio=ratio(latency["after"], latency["before"]) if measure else None,
+            ratio=ratio(latency["after"], latency["before"]) if measure and not streams else None,
             calibration="" if calibration is None else calibration.name,
             calibration_samples=0 if calibration is None else len(calibration),
             warnings=tuple(warnings),

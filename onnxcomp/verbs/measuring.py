@@ -71,6 +71,7 @@ def profile(
             ratio=ratio(latency["model"], latency["baseline"]) if baseline is not None else None,
             node_times=tuple(chosen.node_times(artifacts["model"], feed, threads=threads)),
             peak_memory=chosen.peak_memory(artifacts["model"], feed, threads=threads),
+            carries_state=bool(sessions["model"].states),
         )
 
 

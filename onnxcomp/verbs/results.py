@@ -171,6 +171,7 @@ class Profile:
         ratio: Of the first model to the second, if there are two.
         node_times: Time by executed node of the first model.
         peak_memory: Peak resident bytes of the first model.
+        carries_state: The first model is one for streams, of which one feed over and over tells little.
     """
 
     target: str
@@ -179,6 +180,7 @@ class Profile:
     ratio: Ratio | None
     node_times: tuple[NodeTime, ...]
     peak_memory: int
+    carries_state: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,10 @@ from onnxcomp.targets.ort.break_even import store
 from onnxcomp.targets.ort.break_even_trials import SHAPES, measure
 from onnxcomp.targets.ort.capabilities import capabilities
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
+from onnxcomp.targets.ort.delta_lowering import NativeDelta
+from onnxcomp.targets.ort.dense_steps import DenseSteps, DenseStepsSession
 from onnxcomp.targets.ort.lowering import NativeOps
-from onnxcomp.targets.ort.manifest import MANY, MODEL
+from onnxcomp.targets.ort.manifest import DENSE, MANY, MODEL, model_hash
 from onnxcomp.targets.ort.nm_lowering import NativeNm
 from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
 from onnxcomp.targets.ort.rows import Rows, RowsSession
@@ -40,7 +42,7 @@ class OrtCpu(Target):
 
     def lowering(self) -> Sequence[Pass]:
         """Portable ops to native ones; Q/DQ pairs stay, since they are what onnxruntime fuses."""
-        return (NativeOps(), NativeNm())
+        return (NativeOps(), NativeNm(), NativeDelta())
 
     def compile(self, model: ir.Model, out: Path) -> Artifact:
         """Compiles a model into the folder `out`, replacing an artifact that is there; `model` stays as it is.
@@ -64,10 +66,14 @@ class OrtCpu(Target):
 
         def session(name: str) -> OrtSession:
             options = session_options(threads=threads, domains=artifact.manifest["opsets"])
-            return OrtSession(make_session(artifact.path / name, options), states(artifact))
+            inner = make_session(artifact.path / name, options)
+            carried = () if name == DENSE else states(artifact)
+            return OrtSession(inner, carried, model_hash=model_hash(artifact))
 
-        rows = artifact.manifest["rows"]
+        rows, dense = artifact.manifest["rows"], artifact.manifest["dense"]
         one = session(MODEL)
+        if dense is not None:
+            return DenseStepsSession(one, lambda: session(DENSE), DenseSteps.model_validate(dense))
         return one if rows is None else RowsSession(one, lambda: session(MANY), Rows.model_validate(rows))
 
     def node_times(self, artifact: Artifact, feed: Feed, *, threads: int = 1, repeat: int = 10) -> Sequence[NodeTime]:

@@ -19,8 +19,11 @@ from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, load, name_nodes, s
 from onnxcomp.state import model_state
 from onnxcomp.target import Artifact, Audit, Capabilities
 from onnxcomp.targets.ort.audit import audit
+from onnxcomp.targets.ort.delta_lowering import DENSE as LOWERED_DENSE
+from onnxcomp.targets.ort.dense_steps import DenseSteps
 from onnxcomp.targets.ort.manifest import (
     DATA,
+    DENSE,
     FILES,
     MANIFEST,
     MANY,
@@ -75,6 +78,8 @@ def compile_model(
     with _scratch(out) as scratch:
         folder = scratch / "artifact"
         folder.mkdir()
+        if LOWERED_DENSE in model.meta:
+            working.meta[LOWERED_DENSE] = model.meta[LOWERED_DENSE]
         manifest = _build(working, folder, scratch, capabilities, providers)
         _put(folder, out, scratch)
     return _artifact(out, manifest)
@@ -133,10 +138,11 @@ def _build(
         chosen = providers(model)
         optimized, session = _optimized(model, folder / MODEL, scratch, chosen)
         on_cpu = tuple(chosen) == CPU_ONLY
-        rows = find_rows(model) if on_cpu and not session.state else None
+        rows = find_rows(model) if on_cpu and not session.states else None
         if rows is not None:
             rows = rows.model_copy(update={"few": few_rows(model, capabilities.break_even)})
             rows = rows if _save_both(model, folder, capabilities, rows.few) else None
+        dense = _save_dense(model, folder)
     except (GraphError, ValueError) as error:
         raise CompileError(str(error)) from error
     if isinstance(optimized, str):
@@ -152,8 +158,9 @@ def _build(
         opsets=dict(model.opset_imports),
         inputs=[tensor_entry(s) for s in session.inputs],
         outputs=[tensor_entry(s) for s in session.outputs],
-        state=[s.model_dump() for s in session.state],
+        state=[s.model_dump() for s in session.states],
         rows=rows.model_dump() if rows is not None else None,
+        dense=dense.model_dump() if dense is not None else None,
         providers=[p.model_dump() for p in chosen],
     )
 
@@ -184,6 +191,15 @@ def _optimized(
             reason = f"not audited: {error}"
     plain = session_options(threads=1, domains=model.opset_imports, optimize=False)
     return reason, OrtSession(make_session(path, plain), state)
+
+
+def _save_dense(model: ir.Model, folder: Path) -> DenseSteps | None:
+    """Saves the model for steps in which much changes beside the streaming one, if lowering has left one."""
+    found: tuple[ir.Model, DenseSteps] | None = model.meta.get(LOWERED_DENSE)
+    if found is None:
+        return None
+    save(_prepare(found[0]), folder / DENSE)
+    return found[1]
 
 
 def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities, few: int) -> bool:

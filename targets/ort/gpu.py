@@ -18,7 +18,7 @@ from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.ort.capabilities import max_opset
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
-from onnxcomp.targets.ort.manifest import MODEL, providers_of
+from onnxcomp.targets.ort.manifest import MODEL, model_hash, providers_of
 from onnxcomp.targets.ort.plain_nm import PlainNm
 from onnxcomp.targets.ort.profiling import peak_memory, states
 from onnxcomp.targets.ort.providers import CPU, CUDA, TENSORRT, Provider
@@ -74,7 +74,8 @@ class _OrtGpu(Target):
             DeviceError: If a provider is missing or cannot be loaded.
         """
         options = session_options(threads=threads, domains=artifact.manifest["opsets"])
-        return OrtSession(make_session(artifact.path / MODEL, options, providers_of(artifact)), states(artifact))
+        inner = make_session(artifact.path / MODEL, options, providers_of(artifact))
+        return OrtSession(inner, states(artifact), model_hash=model_hash(artifact))
 
     @override
     def node_times(self, artifact: Artifact, feed: Feed, *, threads: int = 1, repeat: int = 10) -> Sequence[NodeTime]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.model import file_hash
 from onnxcomp.state import StateSpec
 from onnxcomp.target import MANIFEST_VERSION, Artifact, Audit, AuditRow, Feed, TensorSpec
+from onnxcomp.targets.ort.dense_steps import DenseSteps
 from onnxcomp.targets.ort.providers import CPU_ONLY, Provider
 from onnxcomp.targets.ort.rows import Rows
 
@@ -25,7 +27,10 @@ DATA = "model.onnx.data"
 MANY = "many.onnx"
 """The model for feeds of many rows, where that is another one; it shares weights in `DATA`."""
 MANY_DATA = "many.onnx.data"
-FILES = (MODEL, DATA, MANY, MANY_DATA)
+DENSE = "dense.onnx"
+"""The model for steps of a stream in which much changes."""
+DENSE_DATA = "dense.onnx.data"
+FILES = (MODEL, DATA, MANY, MANY_DATA, DENSE, DENSE_DATA)
 
 _MAX_BYTES = 64 << 20
 
@@ -84,6 +89,7 @@ class Manifest(_Strict):
         executed_ops: Op type to number of nodes in the executable.
         audit: What each compute node became.
         rows: Tells feeds for `MANY` from those for `MODEL`, if there are both.
+        dense: Tells steps for `DENSE` from those for `MODEL`, if there are both.
         providers: What onnxruntime runs it with, with the options of each.
         unaudited: Why the audit is empty; empty if the executable was read back.
     """
@@ -100,6 +106,7 @@ class Manifest(_Strict):
     executed_ops: dict[str, int]
     audit: list[RowEntry]
     rows: Rows | None = None
+    dense: DenseSteps | None = None
     providers: list[Provider] = Field(default_factory=lambda: list(CPU_ONLY), min_length=1)
     unaudited: str = ""
 
@@ -209,6 +216,12 @@ def providers_of(artifact: Artifact) -> tuple[Provider, ...]:
     return tuple(Provider.model_validate(entry) for entry in artifact.manifest["providers"])
 
 
+def model_hash(artifact: Artifact) -> str:
+    """Hash over those of all model files: weights that lie beside the model may differ alone."""
+    entries = sorted(f"{name} {entry['sha256']}" for name, entry in artifact.manifest["files"].items())
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
 def model_file(artifact: Artifact, feed: Feed) -> Path:
     """The model of an artifact that runs a feed."""
     rows = artifact.manifest["rows"]
@@ -228,6 +241,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         )
     if (manifest.rows is not None) != (MANY in manifest.files):
         raise TargetError(f"{folder / MANIFEST} is not valid: rows need {MANY}, and it them; compile the model again")
+    if (manifest.dense is not None) != (DENSE in manifest.files):
+        raise TargetError(f"{folder / MANIFEST} is not valid: dense needs {DENSE}; compile the model again")
     for name in FILES:
         path, entry = folder / name, manifest.files.get(name)
         if entry is None:

@@ -2,14 +2,17 @@
 
 Started as a process of its own, with nothing imported but onnxruntime and NumPy, so that the figure is that of the
 model in use and not of the toolkit. The argument is a JSON file with the keys `model`, `feed` (an .npz file), `library`
-(path or null), `providers` (names and options), `threads` and `runs`.
+(path or null), `providers` (names and options), `threads`, `runs`, and `in_place`, pairs of an input and an output that
+have one buffer.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def peak_bytes() -> int:
@@ -51,9 +54,25 @@ def main(job_path: str) -> None:
         sys.exit(f"onnxruntime loaded {session.get_providers()} and not {list(names)}")
     with np.load(job["feed"], allow_pickle=False) as archive:
         feed = {name: archive[f"array_{index}"] for index, name in enumerate(job["inputs"])}
+    run = _bound(session, feed, job["in_place"]) if job["in_place"] else lambda: session.run(None, feed)
     for _ in range(job["runs"]):
-        session.run(None, feed)
+        run()
     print(json.dumps({"peak_bytes": peak_bytes()}))
+
+
+def _bound(session: Any, feed: Mapping[str, Any], in_place: Sequence[tuple[str, str]]) -> Callable[[], None]:
+    """A run in which an input and an output of each pair have one buffer."""
+    import onnxruntime
+
+    binding = session.io_binding()
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+    for source, target in in_place:
+        binding.bind_ortvalue_output(target, values[source])
+    return lambda: session.run_with_iobinding(binding)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
     """
     check_feed(feed, input_specs(artifact.manifest))
     arrays = {**feed, **{s.input: s.zeros() for s in states(artifact)}}
+    strings = any(entry["dtype"] == "string" for entry in artifact.manifest["inputs"] + artifact.manifest["outputs"])
     library = native.library_path() if native.DOMAIN in artifact.manifest["opsets"] else None
     with tempfile.TemporaryDirectory(prefix="onnxcomp-memory-") as folder:
         job = Path(folder, "job.json")
@@ -116,6 +117,7 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
                     "providers": [(p.name, p.options) for p in providers_of(artifact)],
                     "threads": threads,
                     "runs": _MEMORY_RUNS,
+                    "in_place": [] if strings else [(s.input, s.output) for s in states(artifact) if s.in_place],
                 }
             ),
             encoding="utf-8",

@@ -6,6 +6,7 @@ the same; which one runs is seen from the shapes of a feed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,6 +140,8 @@ def to_many_rows(model: ir.Model, table: Sequence[BreakEven], few: int = 1) -> i
 class RowsSession(Session):
     """Runs a feed of few rows by one session, and any other by a second one, loaded when it is first needed.
 
+    Neither carries state, so that one session serves any number of streams.
+
     Args:
         few: The first.
         many: Loads the second.
@@ -146,8 +149,7 @@ class RowsSession(Session):
     """
 
     def __init__(self, few: Session, many: Callable[[], Session], rows: Rows) -> None:
-        self._few, self._load, self._rows = few, many, rows
-        self._many: Session | None = None
+        self._few, self._many, self._rows = few, functools.cache(many), rows
 
     @property
     @override
@@ -161,11 +163,7 @@ class RowsSession(Session):
 
     @override
     def run(self, feed: Feed) -> dict[str, Array]:
-        if not self._rows.many(feed):
-            return self._few.run(feed)
-        if self._many is None:
-            self._many = self._load()
-        return self._many.run(feed)
+        return (self._many() if self._rows.many(feed) else self._few).run(feed)
 
     @override
     def reset(self) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from onnxcomp.errors import CalibrationError, CompileError, DeviceError
-from onnxcomp.state import StateSpec, model_state
+from onnxcomp.state import StateSpec, check_state, model_state
 from onnxcomp.target import Array, Feed, Session, TensorSpec
+from onnxcomp.targets.ort.carried import Bound, Handed
 from onnxcomp.targets.ort.feeds import check_feed, describe, tensor_spec
 from onnxcomp.targets.ort.probe import PLACEHOLDER, build_probe
 from onnxcomp.targets.ort.runtime import clean, make_session, session_options
@@ -20,11 +21,15 @@ from onnxcomp.targets.ort.runtime import clean, make_session, session_options
 class OrtSession(Session):
     """Runs an onnxruntime session and carries its state from run to run.
 
+    State marked `in_place` has one buffer that is input and output of every run, unless there are strings among the
+    inputs and outputs; see `onnxcomp.targets.ort.carried`.
+
     Args:
         session: The `onnxruntime.InferenceSession`.
         state: Streaming state of the model.
         returns: Names of the outputs that a run returns; by default all but those of the state.
         alive: Memory that the session uses without owning it.
+        model_hash: Tells the model from others.
     """
 
     def __init__(
@@ -34,19 +39,24 @@ class OrtSession(Session):
         *,
         returns: Sequence[str] | None = None,
         alive: object = None,
+        model_hash: str = "",
     ) -> None:
         self._session = session
-        self._state = tuple(state)
+        self._states = tuple(state)
         self._alive = alive
+        self._model_hash = model_hash
         carried_in = {s.input for s in state}
         carried_out = {s.output for s in state}
         specs = [tensor_spec(i) for i in session.get_inputs()]
         self._specs = {s.name: s for s in specs if s.name not in carried_in}
-        self._fetch = [o.name for o in session.get_outputs()]
-        self._returns = [n for n in self._fetch if n not in carried_out] if returns is None else list(returns)
+        fetch = [o.name for o in session.get_outputs()]
+        self._returns = [n for n in fetch if n not in carried_out] if returns is None else list(returns)
         self._outputs = tuple(tensor_spec(o) for o in session.get_outputs() if o.name in self._returns)
-        self._carried: dict[str, Array] = {}
-        self.reset()
+        # onnxruntime binds no strings; kernels that work in place take two buffers as well.
+        strings = any(s.dtype.kind == "O" for s in (*specs, *self._outputs))
+        self._in_place = any(s.in_place for s in state) and not strings
+        self._carried = (Bound if self._in_place else Handed)(session, self._states, fetch, self._returns)
+        self._lost = False
 
     @property
     def inputs(self) -> Sequence[TensorSpec]:
@@ -59,33 +69,75 @@ class OrtSession(Session):
         return self._outputs
 
     @property
-    def state(self) -> Sequence[StateSpec]:
+    def states(self) -> Sequence[StateSpec]:
         """The streaming state."""
-        return self._state
+        return self._states
+
+    @property
+    def model_hash(self) -> str:
+        """Hash of the model files; empty for a model in memory."""
+        return self._model_hash
 
     def run(self, feed: Feed) -> dict[str, Array]:
         """Runs the model once.
 
-        A run that fails leaves the streaming state as it was.
+        A feed that does not fit leaves the streaming state as it was, and so does a run that fails, unless some state
+        is in place: that may be half written then, and runs are refused until `reset` or `restore`.
 
         Raises:
             DataError: If the feed does not fit the inputs.
-            DeviceError: If the run fails.
+            DeviceError: If the run fails, or the state was lost in one that did.
         """
         check_feed(feed, self._specs)
+        self._need_state()
+        self._lost = self._in_place  # should anything end the run, an interrupt included
         try:
-            values = self._session.run(self._fetch, {**feed, **self._carried})
+            results = self._carried.run(feed)
         except Exception as error:  # onnxruntime's exceptions have no common root below Exception
+            lost = "; the streaming state is lost: call reset() or restore()" if self._lost else ""
             raise DeviceError(
-                f"onnxruntime failed while running: {clean(error)}; the model takes {describe(self._specs.values())}"
+                f"onnxruntime failed while running: {clean(error)}; the model takes "
+                f"{describe(self._specs.values())}{lost}"
             ) from error
-        results: dict[str, Array] = dict(zip(self._fetch, values, strict=True))
-        self._carried = {s.input: results[s.output] for s in self._state}
-        return {name: results[name] for name in self._returns}
+        self._lost = False
+        return results
 
     def reset(self) -> None:
-        """Forgets the streaming state."""
-        self._carried = {s.input: s.zeros() for s in self._state}
+        """Forgets the streaming state, which is zero then."""
+        self._carried.write({s.input: s.zeros() for s in self._states})
+        self._lost = False
+
+    def state(self) -> dict[str, Array]:
+        """Copies of the streaming state by input name.
+
+        Raises:
+            DeviceError: If the state was lost in a run that failed.
+        """
+        self._need_state()
+        return {name: array.copy() for name, array in self._carried.read().items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Goes on from a streaming state, of which copies are taken.
+
+        Raises:
+            DataError: If names, shapes or dtypes are not those of the model; the state then is what it was.
+        """
+        check_state(state, self._states)
+        self._carried.write(state)
+        self._lost = False
+
+    def stream(self) -> OrtSession:
+        """Another stream over the same onnxruntime session, which starts from reset; it may run on another thread."""
+        return OrtSession(
+            self._session, self._states, returns=self._returns, alive=self._alive, model_hash=self._model_hash
+        )
+
+    def _need_state(self) -> None:
+        if self._lost:
+            raise DeviceError(
+                "an earlier run failed and may have left the streaming state half written: call reset(), or restore() "
+                "with a state from before"
+            )
 
 
 def reference_runner(
@@ -127,4 +179,6 @@ def probe_session(model: ir.Model, outputs: Sequence[str], *, threads: int = 0, 
             inner = make_session(probe.proto.SerializeToString(), options)
     except CompileError as error:
         raise CalibrationError(f"the model cannot be run: {error}") from error
-    return OrtSession(inner, state, returns=wanted, alive=probe.weights)
+    # A probe returns values from inside the model, which a buffer written in place could change under its hands.
+    apart = [s.model_copy(update={"in_place": False}) for s in state]
+    return OrtSession(inner, apart, returns=wanted, alive=probe.weights)

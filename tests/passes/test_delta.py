@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from builder import Builder
 from onnx import helper
-from streams import cnn, delta, frames, largest, recurrent, stream, walk
+from streams import branching, cnn, delta, frames, largest, looping, recurrent, stream, walk
 
 from onnxcomp import api
 from onnxcomp.errors import OnnxcompError, PassError
@@ -144,23 +144,7 @@ def test_thresholds_for_classes():
 
 def test_values_in_the_branches_of_an_if():
     """State is handed out of the branch that runs, and kept by the other."""
-    b = Builder()
-    x, which = b.input("x", [1, 4]), b.input("which", [], onnx.TensorProto.BOOL)
-    weight = b.floats(4, 4)
-    branches = []
-    for name in ("yes", "no"):
-        node = helper.make_node("MatMul", [x, weight], [name], name=f"product_{name}")
-        out = helper.make_node("Relu" if name == "yes" else "Neg", [name], [f"{name}_out"], name=f"last_{name}")
-        info = helper.make_tensor_value_info(f"{name}_out", onnx.TensorProto.FLOAT, [1, 4])
-        branches.append(helper.make_graph([node, out], name, [], [info]))
-    inner = helper.make_node("Add", [x, x], ["twice"], name="twice")
-    product = helper.make_node("MatMul", ["twice", weight], ["inside"], name="inside")
-    branches[0].node.extend([inner, product, helper.make_node("Add", ["inside", "yes_out"], ["both"], name="both")])
-    branches[0].output[0].name = "both"
-    b.nodes.append(
-        helper.make_node("If", [which], ["y"], name="choose", then_branch=branches[0], else_branch=branches[1])
-    )
-    model = b.output("y").model(opset=18)
+    model = branching()
     feeds = [{**f, "which": np.array(k % 3 != 0)} for k, f in enumerate(walk(30, (1, 4)), 1)]
     step, _ = delta(model, feeds, threshold=0.0)
     assert len(holds(step)) == 2  # x outside, and what is doubled inside
@@ -172,36 +156,7 @@ def test_values_in_the_branches_of_an_if():
 @pytest.mark.parametrize("scans", [False, True])
 def test_values_in_the_body_of_a_loop(scans):
     """A Loop hands what was sent from one iteration to the next, and out of the step."""
-    b = Builder()
-    x = b.input("x", [1, 4])
-    weight = b.floats(4, 4)
-    body_nodes = [
-        helper.make_node("Add", ["s", "x"], ["mixed"], name="mix"),
-        helper.make_node("Tanh", ["mixed"], ["squashed"], name="squash"),
-        helper.make_node("MatMul", ["squashed", weight], ["s_next"], name="turn"),
-        helper.make_node("Identity", ["go"], ["go_on"], name="go"),
-        helper.make_node("Neg", ["s_next"], ["trace"], name="trace"),
-    ]
-    float_ = onnx.TensorProto.FLOAT
-    ins = [
-        helper.make_tensor_value_info("i", onnx.TensorProto.INT64, []),
-        helper.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
-        helper.make_tensor_value_info("s", float_, [1, 4]),
-    ]
-    outs = [
-        helper.make_tensor_value_info("go_on", onnx.TensorProto.BOOL, []),
-        helper.make_tensor_value_info("s_next", float_, [1, 4]),
-        *([helper.make_tensor_value_info("trace", float_, [1, 4])] if scans else []),
-    ]
-    body = helper.make_graph(body_nodes if scans else body_nodes[:-1], "body", ins, outs)
-    count, go = b.const(np.array(3)), b.const(np.array(True))
-    start = b.const(np.zeros((1, 4), np.float32))
-    names = ["final", "traces"] if scans else ["final"]
-    b.nodes.append(helper.make_node("Loop", [count, go, start], names, name="loop", body=body))
-    total = b.op("Add", "final", x)
-    if scans:
-        total = b.op("Add", total, b.op("ReduceSum", "traces", b.const(np.array([0])), keepdims=0))
-    model = b.output(total).model(opset=18)
+    model = looping(scans=scans)
     feeds = walk(20, (1, 4))
     step, _ = delta(model, feeds, threshold=0.0)
     assert [n.op_type for n in holds(step)] == ["DeltaHold"]

@@ -37,4 +37,4 @@ def test_capabilities():
     assert found.max_opset >= 21
     assert found.placements["Conv"].output
     assert not found.placements["MatMul"].output
-    assert [p.name for p in OrtCpu().lowering()] == ["native_ops", "native_nm"]
+    assert [p.name for p in OrtCpu().lowering()] == ["native_ops", "native_nm", "native_delta"]

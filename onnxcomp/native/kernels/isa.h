@@ -30,6 +30,22 @@
 #define ONNXCOMP_TARGET(features)
 #endif
 
+// Keep the order of the additions to a sum: the first, at the begin of a function, for clang; the second, between two
+// additions to a vector, for gcc, which would reorder them within a turn of a loop.
+#if defined(__clang__)
+#define ONNXCOMP_IN_ORDER _Pragma("clang fp reassociate(off)")
+#define ONNXCOMP_THEN(sum) ((void)0)
+#elif defined(ONNXCOMP_X86)
+#define ONNXCOMP_IN_ORDER
+#define ONNXCOMP_THEN(sum) __asm__("" : "+v"(sum))
+#elif defined(ONNXCOMP_ARM)
+#define ONNXCOMP_IN_ORDER
+#define ONNXCOMP_THEN(sum) __asm__("" : "+w"(sum))
+#else
+#define ONNXCOMP_IN_ORDER
+#define ONNXCOMP_THEN(sum) ((void)0)
+#endif
+
 // Feature lists for ONNXCOMP_TARGET. F16C comes with every processor that has AVX2.
 #define ONNXCOMP_AVX2 "avx2,fma,f16c"
 #define ONNXCOMP_AVX512 "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq"

@@ -1,0 +1,177 @@
+"""Gives streaming models kernels that compute what changed, and takes holds away that would save nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from typing_extensions import override
+
+from onnxcomp import native
+from onnxcomp.edit import Editor, constant, redirect, replace_output, users
+from onnxcomp.model import infer_shapes
+from onnxcomp.ops import DELTA_OPS, DOMAIN, SPARSITY
+from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
+from onnxcomp.state import model_state
+from onnxcomp.target import Array
+from onnxcomp.targets.ort.delta_cells import CELLS, lower_cell, why_no_cell
+from onnxcomp.targets.ort.delta_layers import layers
+from onnxcomp.targets.ort.delta_maps import Maps, is_map, pixels
+from onnxcomp.targets.ort.delta_products import lower_products
+from onnxcomp.targets.ort.delta_states import StreamStates
+from onnxcomp.targets.ort.delta_strip import strip
+from onnxcomp.targets.ort.dense_steps import DenseSteps
+
+# Beyond this share of changed pixels the kernels take as long as onnxruntime's for all of them.
+_MOST_CHANGED = 0.6
+_SHARE = 0.25  # of pixels of the input, where calibration did not tell how changes spread
+DENSE = "onnxcomp.dense"
+"""Key of a lowered model's `meta`: the model that computes everything, and the `DenseSteps` that are to run it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeDelta(Pass):
+    """Lowers what the pass `delta` writes.
+
+    Convolutions and what lies between them go over to maps whose pixels lie together, with masks of the pixels that
+    changed; products and recurrent cells to kernels that read the weights of changed inputs only. All of them update
+    state in place. Holds that no kernel makes use of are taken away, with their state: they would only cost time.
+    """
+
+    name: ClassVar[str] = "native_delta"
+    summary: ClassVar[str] = "Streaming ops to native kernels."
+
+    @override
+    def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
+        holds = [n for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type in DELTA_OPS]
+        if not holds:
+            return []
+        edits: list[Edit] = []
+        infer_shapes(model)
+        dense = model.clone()
+        strip(dense)
+        editor = Editor(model)
+        states = StreamStates(model, editor)
+        when: DenseSteps | None = None
+        if native.available():
+            maps = _map_holds(model, holds)
+            when = _dense_steps(model, maps)
+            if maps:
+                edits += _lower_maps(model, editor, states, maps)
+            for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
+                source, step, _ = _unrounded(node)
+                edits += lower_products(model, editor, states, node, source, step)
+            for node in [n for n in holds if n.op_type in CELLS]:
+                reason = why_no_cell(model, node)
+                if not reason:
+                    lower_cell(model, editor, states, node)
+                edits.append(refused(node, reason) if reason else applied(node, "runs in the native library"))
+        states.write()
+        edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
+        if any(n.domain == native.DOMAIN and n.op_type.startswith("Delta") for n in model.graph):
+            model.opset_imports.setdefault(native.DOMAIN, 1)
+            if when is not None and not model_state(dense):
+                model.meta[DENSE] = dense, when
+        return edits
+
+
+def _map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
+    """Holds of maps that kernels may take; none if so much changes that it would not pay."""
+    found = [
+        n for n in holds
+        if n.op_type == "DeltaHoldPixels" and n.graph is model.graph and is_map(n.inputs[0]) and is_map(n.outputs[0])
+    ]  # fmt: skip
+    noted = [float(n.metadata_props[SPARSITY]) for n in found if SPARSITY in n.metadata_props]
+    if noted and 1 - math.fsum(noted) / len(noted) > _MOST_CHANGED:
+        return []
+    return found
+
+
+def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None:
+    """Which steps are faster with the dense model; None where no input is held as a map."""
+    thresholds: dict[str, float] = {}
+    of_inputs, weighted, weights = [], 0.0, 0.0
+    for hold in holds:
+        source, _, _ = _unrounded(hold)
+        level = constant(hold.inputs[3])
+        changed = 1 - float(hold.metadata_props[SPARSITY]) if SPARSITY in hold.metadata_props else math.nan
+        if source.is_graph_input() and level is not None:
+            thresholds[str(source.name)] = float(level)
+            of_inputs.append(changed)
+        macs = sum(_macs(n) for n in users(hold.outputs[0]))
+        weighted, weights = weighted + macs * changed, weights + macs
+    if not thresholds:
+        return None
+    spread = weighted / weights / max(of_inputs) if weights and max(of_inputs) > 0 else math.nan
+    share = _SHARE if math.isnan(spread) else min(_MOST_CHANGED / spread, 0.9)
+    return DenseSteps(thresholds=thresholds, share=share)
+
+
+def _macs(node: ir.Node) -> float:
+    """Multiply-accumulates of a convolution, up to a factor that is the same for all."""
+    weight, output = (node.inputs[1] if len(node.inputs) > 1 else None), node.outputs[0]
+    if node.op_type != "Conv" or weight is None or weight.shape is None or not is_map(output):
+        return 0.0
+    places = pixels(output)
+    return math.prod(int(d) for d in weight.shape if isinstance(d, int)) * float(places[1] * places[2])
+
+
+def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Sequence[ir.Node]) -> list[Edit]:
+    started = holds[0].inputs[2]
+    assert started is not None
+    maps = Maps(model, editor, states, started)
+    wanted = set(holds)
+    done: list[ir.Node] = []
+    for node in list(model.graph):
+        if node in wanted and constant(node.inputs[3]) is not None:
+            source, step, rounding = _unrounded(node)
+            maps.hold(node, source, step)
+            done += [*rounding, node]
+            continue
+        found = layers(node, maps)
+        for layer in found:
+            maps.layers[layer.value] = layer
+        if found:
+            done.append(node)
+    covered = set(done)
+    for node in done:
+        for value in node.outputs:
+            rest = [user for user in users(value) if user not in covered and user.domain != native.DOMAIN]
+            is_output = value.is_graph_output()
+            if (rest or is_output) and value in maps:
+                left = maps.leave(value)
+                redirect(value, left, rest)
+                if is_output:
+                    replace_output(value, left)
+    for node in reversed(done):
+        assert isinstance(node.graph, ir.Graph)
+        if not any(users(v) or v.is_graph_output() for v in node.outputs):
+            node.graph.remove(node, safe=True)
+    return [
+        applied(n, f"computes changed pixels only, by {n.op_type}")
+        for n in model.graph
+        if n.domain == native.DOMAIN and n.op_type == "DeltaConv"
+    ]
+
+
+def _unrounded(hold: ir.Node) -> tuple[ir.Value, Array, list[ir.Node]]:
+    """The value before the rounding in front of a hold, the step, and the nodes that round."""
+    none = np.zeros(1, np.float32)
+    value = hold.inputs[0]
+    assert value is not None
+    chain: list[ir.Node] = []
+    current: ir.Value | None = value
+    for op_type in ("Mul", "Round", "Div"):
+        node = None if current is None else current.producer()
+        if node is None or node.op_type != op_type or len(users(node.outputs[0])) != 1:
+            return value, none, []
+        chain.append(node)
+        current = node.inputs[0]
+    step = constant(chain[0].inputs[1])
+    if current is None or step is None or step.size != 1 or chain[0].inputs[1] is not chain[2].inputs[1]:
+        return value, none, []
+    return current, np.ravel(step).astype(np.float32), chain[::-1]

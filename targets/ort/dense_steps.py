@@ -1,0 +1,137 @@
+"""Steps of a stream in which so much changes that the dense model is faster: they run it, and leave the state alone.
+
+State that kernels hold is what was last sent. A step that does not touch it leaves it valid: the next step that does
+finds more changed, and no more than that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import override
+
+from onnxcomp.state import StateSpec, check_state
+from onnxcomp.target import Array, Feed, Session, TensorSpec
+
+_STRIDE = 4  # one pixel of so many in each direction tells how much changed
+_UNSTARTED = -1
+_CALM = 2  # steps with little change before the state is brought up to date: a lone one would not pay
+
+
+class DenseSteps(BaseModel):
+    """When a step runs the dense model.
+
+    Attributes:
+        thresholds: Input name to the change of a pixel, as root mean square over channels, above which it counts.
+        share: Share of pixels of an input that change from one step to the next, 0 to 1, from which the dense model is
+            faster.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    thresholds: dict[str, float] = Field(min_length=1)
+    share: float = Field(ge=0, le=1)
+
+
+class DenseStepsSession(Session):
+    """A stream that runs the dense model while much changes.
+
+    Args:
+        step: The streaming model.
+        dense: Loads the dense model, which carries no state.
+        when: Tells the two apart.
+    """
+
+    def __init__(self, step: Session, dense: Callable[[], Session], when: DenseSteps) -> None:
+        self._step, self._dense, self._when = step, functools.cache(dense), when
+        shapes = {s.name: s.shape for s in step.inputs}
+        self._own = tuple(_spec(name, shapes[name]) for name in when.thresholds)
+        self._calm_spec = StateSpec(input="calm steps", output="calm steps", shape=[1], dtype="int64")
+        self._before: dict[str, Array] = {}
+        self._calm = _UNSTARTED
+        self._forget()
+
+    @property
+    @override
+    def inputs(self) -> Sequence[TensorSpec]:
+        return self._step.inputs
+
+    @property
+    @override
+    def outputs(self) -> Sequence[TensorSpec]:
+        return self._step.outputs
+
+    @property
+    @override
+    def states(self) -> Sequence[StateSpec]:
+        """The state of the kernels, and what was seen of the inputs of the last step."""
+        return (*self._step.states, *self._own, self._calm_spec)
+
+    @property
+    @override
+    def model_hash(self) -> str:
+        return self._step.model_hash
+
+    @override
+    def run(self, feed: Feed) -> dict[str, Array]:
+        chosen = self._step
+        if all(isinstance(feed.get(s.input), np.ndarray) for s in self._own):  # else the session says what is wrong
+            seen = {s.input: _seen(feed[s.input]) for s in self._own}
+            if all(list(array.shape) == s.shape for array, s in zip(seen.values(), self._own, strict=True)):
+                self._calm = self._calm_after(seen)
+                chosen = self._step if self._calm >= _CALM else self._dense()
+                self._before = seen
+        return chosen.run(feed)
+
+    def _calm_after(self, seen: Mapping[str, Array]) -> int:
+        if self._calm == _UNSTARTED:
+            return _CALM
+        much = any(self._share(name, array) >= self._when.share for name, array in seen.items())
+        return 0 if much else min(self._calm + 1, _CALM)
+
+    def _share(self, name: str, seen: Array) -> float:
+        change = seen - self._before[name]
+        # As a sum over channels: comparing is cheaper than dividing.
+        limit = np.float32(self._when.thresholds[name]) ** 2 * change.shape[1]
+        return 1 - float(np.mean(np.einsum("nchw,nchw->nhw", change, change) <= limit))
+
+    @override
+    def reset(self) -> None:
+        self._step.reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._before = {s.input: s.zeros() for s in self._own}
+        self._calm = _UNSTARTED
+
+    @override
+    def state(self) -> dict[str, Array]:
+        own = {name: array.copy() for name, array in self._before.items()}
+        return {**self._step.state(), **own, self._calm_spec.input: np.array([self._calm], np.int64)}
+
+    @override
+    def restore(self, state: Mapping[str, Array]) -> None:
+        check_state(state, self.states)
+        own = {s.input for s in (*self._own, self._calm_spec)}
+        self._step.restore({name: array for name, array in state.items() if name not in own})
+        self._before = {s.input: state[s.input].copy() for s in self._own}
+        self._calm = int(np.clip(state[self._calm_spec.input][0], _UNSTARTED, _CALM))
+
+    @override
+    def stream(self) -> DenseStepsSession:
+        return DenseStepsSession(self._step.stream(), self._dense, self._when)
+
+
+def _seen(array: Array) -> Array:
+    return np.ascontiguousarray(array[..., ::_STRIDE, ::_STRIDE])
+
+
+def _spec(name: str, shape: Sequence[int | str | None] | None) -> StateSpec:
+    """What is kept of an input of fixed shape `[N, C, H, W]`, under the name of the input."""
+    sizes = [d for d in shape or () if isinstance(d, int)]
+    return StateSpec(
+        input=name, output=name, shape=[*sizes[:2], *(-(-d // _STRIDE) for d in sizes[2:])], dtype="float32"
+    )
