@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,6 +16,12 @@ from onnxcomp.passes._delta_sites import is_constant
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 _GATES = {"GRU": 3, "LSTM": 4}
 _PEEPHOLES, _LENGTHS, _INITIAL_H, _INITIAL_C = 7, 4, 5, 6
+
+
+def cell_values(node: ir.Node) -> list[ir.Value]:
+    """The input of a cell, and its hidden values as it puts them out."""
+    hidden = next((v for v in (*node.outputs[1:2], *node.outputs[:1]) if v.name), None)
+    return [v for v in (node.inputs[0], hidden) if v is not None]
 
 
 def cell_inputs(node: ir.Node) -> list[ir.Value]:
@@ -65,6 +73,7 @@ def stream_cell(node: ir.Node, holds: Holds, shapes: Shapes, level: float) -> No
     bias = _given(node, 3)
     if bias is None:
         bias = holds.editor.weight(f"{name}_bias", np.zeros((1, 2 * _GATES[node.op_type] * hidden[2]), dtype.numpy()))
+    sources = [v.name for v in cell_values(node)]
     op = DELTA_OPS[f"Delta{node.op_type}"]
     op.install(model)
     slots = [
@@ -79,10 +88,12 @@ def stream_cell(node: ir.Node, holds: Holds, shapes: Shapes, level: float) -> No
     cell.metadata_props.update(node.metadata_props)
     graph.insert_after(node, cell)
     _replace(holds, node, cell)
-    sources = (None if x.producer() is None and not x.is_graph_input() else x.name), None
-    for slot, held, limit, source in zip(slots, outputs[-2:], limits, sources, strict=True):
+    for slot, held, limit, source, weight in zip(slots, outputs[-2:], limits, sources, (w, r), strict=True):
         holds.states.put(slot, held)
-        holds.places.append(Place(node=cell, reader=cell, slot=slot, threshold=limit, pixels=False, source=source))
+        cost = 0 if weight is None or weight.shape is None else math.prod(weight.shape.numpy())
+        holds.places.append(
+            Place(node=cell, reader=cell, slot=slot, threshold=limit, pixels=False, source=source, cost=cost)
+        )
 
 
 def _replace(holds: Holds, node: ir.Node, cell: ir.Node) -> None:

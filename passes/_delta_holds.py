@@ -8,9 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.edit import Editor, redirect, users
+from onnxcomp.macs import count_macs
 from onnxcomp.ops import DELTA_OPS, DOMAIN
 from onnxcomp.passes._delta_scopes import Slot, States
 from onnxcomp.passes._delta_sites import Site
+from onnxcomp.target import Array
 
 
 @dataclass(kw_only=True)
@@ -23,7 +25,8 @@ class Place:
         slot: Its state.
         threshold: Its threshold, an initializer.
         pixels: Axis 1 is sent as a whole.
-        source: Name of the value as it is computed; None where that is the state of a cell.
+        source: Name of the value in the model as it was; None if it has none.
+        cost: Multiply-accumulates that read the value.
         density: Share of elements or places that were sent in each calibration step after the first, 0 to 1.
     """
 
@@ -33,6 +36,7 @@ class Place:
     threshold: ir.Value
     pixels: bool
     source: str | None
+    cost: int
     density: tuple[float, ...] = ()
 
     @property
@@ -106,9 +110,14 @@ class Holds:
         self.places.append(
             Place(
                 node=node, reader=site.readers[0], slot=slot, threshold=threshold, pixels=site.pixels,
-                source=value.name,
+                source=value.name, cost=sum(count_macs(n) for n in site.readers),
             )
         )  # fmt: skip
+
+    @property
+    def costs(self) -> Array:
+        """Multiply-accumulates that read each place, 1 where they are not known."""
+        return np.array([max(p.cost, 1) for p in self.places], np.float64)
 
     def threshold(self, name: str, level: float, dtype: ir.DataType) -> ir.Value:
         """A scalar of a type, in the main graph."""

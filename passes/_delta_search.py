@@ -19,9 +19,10 @@ from onnxcomp.rewrite import Context
 from onnxcomp.state import STATE_KEY, model_state
 from onnxcomp.target import Array, Feed
 
-_FINEST, _COARSEST = 2.0**-10, 4.0  # factors of the typical size of a value
-_HALVINGS = 3  # of the interval that the global search ends with
-_DOUBLINGS = 4  # that one layer may get beyond the global factor
+_SHARES = np.append(np.linspace(0.0, 0.99, 100), [0.995, 1.0])  # of changes that a threshold may hold back
+_SAMPLES = 2048  # changes of one value that a step adds to its distribution
+_REFERENCE = 75  # index of the share at which a layer's part of the error is measured
+_WEIGHTS = np.logspace(-6, 8, 57)  # of the error against the cost, tried by bisection
 
 Step = Mapping[str, Array]
 
@@ -64,23 +65,23 @@ class Dense:
     Attributes:
         feeds: The calibration sequence.
         outputs: Floating outputs of every step, without those of state.
-        sizes: Root mean square of the values to hold, by name.
+        changes: Thresholds that hold back `_SHARES` of a value's changes from step to step, by name; elements of a
+            product's input, of a map the root mean square over channels.
     """
 
     feeds: Sequence[Feed]
     outputs: Sequence[Step]
-    sizes: Mapping[str, float]
+    changes: Mapping[str, Array]
 
 
-def run_dense(model: ir.Model, values: Sequence[ir.Value], context: Context, frames: int) -> Dense:
+def run_dense(model: ir.Model, values: Mapping[ir.Value, bool], context: Context, frames: int) -> Dense:
     """Runs the calibration sequence.
 
     Args:
         model: The model, not yet changed.
-        values: Values that are going to be held.
+        values: Values that are going to be held, and whether channels are held together.
         context: With feeds and a runner.
         frames: Most feeds to use.
-
     """
     assert context.runner is not None
     assert context.feeds is not None
@@ -88,17 +89,30 @@ def run_dense(model: ir.Model, values: Sequence[ir.Value], context: Context, fra
     states = {s.output for s in model_state(model)}
     outputs = [v.name or "" for v in model.graph.outputs if v.name not in states and _floats(v)]
     probe, shown = show_all(model, values)
-    names = {str(v.name): name for v, (name, _) in shown.items()}
-    run = context.runner(probe, list(dict.fromkeys([*outputs, *names.values()])))
-    squares = dict.fromkeys(names, 0.0)
-    kept = []
+    names = {str(v.name): (place, values[v]) for v, (place, _) in shown.items()}
+    run = context.runner(probe, list(dict.fromkeys([*outputs, *(place for place, _ in names.values())])))
+    seen: dict[str, list[Array]] = {name: [] for name in names}
+    kept: list[Step] = []
+    before: Step = {}
     for feed in feeds:
         found = {**feed, **run(feed)}
         kept.append({name: np.array(found[name]) for name in outputs})
-        for name, place in names.items():
-            values_there = np.asarray(found[place], np.float64)  # of an untaken branch there are none
-            squares[name] += float(np.square(values_there).mean()) / len(feeds) if values_there.size else 0.0
-    return Dense(feeds=feeds, outputs=kept, sizes={n: float(np.sqrt(s)) for n, s in squares.items()})
+        for name, (place, pixels) in names.items():
+            if before and before[name].shape == found[place].shape and before[name].size:
+                seen[name].append(_changes(found[place] - before[name], pixels=pixels))
+        before = {name: np.array(found[place]) for name, (place, _) in names.items()}
+    changes = {n: np.quantile(np.concatenate(c), _SHARES) if c else np.zeros(len(_SHARES)) for n, c in seen.items()}
+    return Dense(feeds=feeds, outputs=kept, changes=changes)
+
+
+def _changes(difference: Array, *, pixels: bool) -> Array:
+    """Sizes of changes, a part of them if there are many."""
+    if pixels and difference.ndim > 1:
+        size = np.sqrt(np.square(difference, dtype=np.float32).mean(axis=1)).ravel()
+    else:
+        size = np.abs(difference).ravel()
+    part: Array = size[:: -(-len(size) // _SAMPLES)]
+    return part
 
 
 def _floats(value: ir.Value) -> bool:
@@ -109,6 +123,10 @@ def find_thresholds(
     holds: Holds, dense: Dense, budget: Budget, context: Context, method: Literal["global", "layers"]
 ) -> str:
     """Sets thresholds to the largest that keep to the budget.
+
+    `global` holds the same share of changes back everywhere. `layers` holds back more where that saves much and costs
+    little: the sum of multiply-accumulates times what is sent, plus a multiple of the squared errors that each layer
+    alone brings to the outputs, is least.
 
     Returns:
         What the outcome costs, in words.
@@ -122,44 +140,53 @@ def find_thresholds(
             f"thresholds are found on a sequence of at least 2 feeds ({len(dense.feeds)} given) and by floating "
             f"outputs ({len(dense.outputs[0])} found); set threshold instead"
         )
+    least = np.finfo(np.float32).tiny if holds.quantized else 0.0  # a step has to be something
+    table = np.stack([dense.changes.get(p.source or "", np.zeros(len(_SHARES))) for p in places])
+    table = np.maximum(table.astype(np.float64), least)
     with _threshold_inputs(holds, places):
         run = _stream(holds, dense, places, context)
-        sizes = [dense.sizes.get(p.source or "", 1.0) or 1.0 for p in places]
 
-        def spent(factors: Sequence[float]) -> float:
-            return budget.spent(dense.outputs, run([f * s for f, s in zip(factors, sizes, strict=True)]))
+        def spent(levels: Array) -> float:
+            return budget.spent(dense.outputs, run(levels.tolist()))
 
-        # A layer search needs something left to spend.
-        factor = _largest(lambda f: spent([f] * len(places)), 1.0 if method == "global" else 0.5)
-        factors = [factor] * len(places)
-        used = spent(factors)
-        if method == "layers" and factor:
-            start = used
-            for index in range(len(places)):
-                allowed = start + (1 - start) * (index + 1) / len(places)
-                for _ in range(_DOUBLINGS):
-                    trial = [*factors[:index], 2 * factors[index], *factors[index + 1 :]]
-                    if (found := spent(trial)) > allowed:
-                        break
-                    factors, used = trial, found
-    for place, factor, size in zip(places, factors, sizes, strict=True):
-        place.level = factor * size
+        if method == "global":
+            levels = _most(lambda i: table[:, i], len(_SHARES), spent)
+        else:
+            errors = _errors_alone(table[:, _REFERENCE], dense, run)
+            levels = _most(lambda i: _balanced(table, errors, holds.costs, _WEIGHTS[-1 - i]), len(_WEIGHTS), spent)
+        used = spent(levels)
+    for place, level in zip(places, levels, strict=True):
+        place.level = float(level)
     return f"thresholds use {used:.0%} of the budget on {len(dense.feeds)} calibration steps"
 
 
-def _largest(spent: Callable[[float], float], limit: float) -> float:
-    """The largest factor that spends at most `limit`, 0 if even the finest spends more."""
-    factor = _FINEST
-    if spent(factor) > limit:
-        return 0.0
-    while factor < _COARSEST and spent(2 * factor) <= limit:
-        factor *= 2
-    step = factor
-    for _ in range(_HALVINGS if factor < _COARSEST else 0):
-        step /= 2
-        if spent(factor + step) <= limit:
-            factor += step
-    return factor
+def _most(levels: Callable[[int], Array], count: int, spent: Callable[[Array], float]) -> Array:
+    """The last of some levels, each higher than the one before, that keeps to the budget; zeros if none does."""
+    low, high = -1, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if spent(levels(middle)) <= 1:
+            low = middle
+        else:
+            high = middle
+    return levels(low) if low >= 0 else np.zeros_like(levels(0))
+
+
+def _errors_alone(levels: Array, dense: Dense, run: Callable[[Sequence[float]], list[Step]]) -> Array:
+    """Relative error of the outputs for a threshold of 1 at each place alone, as far as it grows with the threshold."""
+    found = np.zeros(len(levels))
+    for index in np.flatnonzero(levels > 0):
+        alone = np.zeros(len(levels))
+        alone[index] = levels[index]
+        found[index] = Budget(error=1.0).spent(dense.outputs, run(alone.tolist())) / levels[index]
+    return found
+
+
+def _balanced(table: Array, errors: Array, costs: Array, weight: float) -> Array:
+    """For every place the threshold of least cost, its share of the squared error counted with a weight."""
+    total = (1 - _SHARES) * costs[:, None] + weight * np.square(errors[:, None] * table)
+    chosen: Array = table[np.arange(len(table)), total.argmin(axis=1)]
+    return chosen
 
 
 def note_densities(holds: Holds, dense: Dense, context: Context) -> None:

@@ -14,7 +14,7 @@ from onnxcomp.edit import Editor
 from onnxcomp.errors import OnnxcompError, PassError
 from onnxcomp.model import fix_shapes
 from onnxcomp.ops import MIN_OPSET
-from onnxcomp.passes._delta_cells import cell_inputs, stream_cell, why_not_cell
+from onnxcomp.passes._delta_cells import cell_inputs, cell_values, stream_cell, why_not_cell
 from onnxcomp.passes._delta_holds import Holds
 from onnxcomp.passes._delta_scopes import States
 from onnxcomp.passes._delta_search import Budget, find_thresholds, note_densities, run_dense
@@ -53,8 +53,8 @@ class Delta(Pass):
             that of the dense outputs, worst output. Feeds are taken for a sequence in the order given.
         min_agreement: Instead: share of calibration steps in which the largest element of the first output, the class,
             stays the same.
-        search: `global` finds one factor for the typical size of every value; `layers` raises thresholds further from
-            front to back as long as the budget allows.
+        search: `global` holds the same share of changes back everywhere; `layers` more where that saves much and costs
+            little, which takes one run of the sequence for each value.
         frames: Most calibration feeds to search on.
     """
 
@@ -96,7 +96,8 @@ class Delta(Pass):
             return edits
         dense = None
         if context.feeds is not None:
-            dense = run_dense(model, [s.value for s in sites], context, self.frames)
+            values = {v: False for n in cells for v in cell_values(n)} | {s.value: s.pixels for s in sites}
+            dense = run_dense(model, values, context, self.frames)
         holds = Holds(model, Editor(model), states, self.semantics)
         for site in sites:
             level = self._level(site.readers)

@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 on a video of a fixed camera: what a stream saves against whole frames, and what it costs.
 
-    python -m examples.delta.video [--clip FILE] [--calibrate 64] [--frames 400] [--max-error 0.1] [--plot page.html]
+    python -m examples.delta.video [--clip FILE] [--start 0] [--calibrate 64] [--frames 400] [--max-error 0.1]
+        [--search layers] [--plot page.html]
 
 Thresholds are searched on the first frames, everything else is told of later ones. Two dense models stand beside it,
 float and static int8, both as ONNX Runtime executes them best; all run frame by frame in turns, one thread. `quarter`
@@ -36,6 +37,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m examples.delta.video", description=__doc__)
     parser.add_argument("--clip", type=Path, default=clip(FIXED[0]))
+    parser.add_argument("--start", type=int, default=0, help="first frame to calibrate with")
     parser.add_argument("--calibrate", type=int, default=64, help="frames to search thresholds on")
     parser.add_argument("--frames", type=int, default=400, help="later frames to judge and to time")
     parser.add_argument("--max-error", type=float, default=0.1)
@@ -43,8 +45,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5, help="passes through the frames")
     parser.add_argument("--plot", type=Path, help="page with density and latency over the frames")
     options = parser.parse_args()
-    calibration = list(feeds(options.clip, 0, options.calibrate))
-    frames = list(feeds(options.clip, options.calibrate, options.calibrate + options.frames))
+    first = options.start + options.calibrate
+    calibration = list(feeds(options.clip, options.start, first))
+    frames = list(feeds(options.clip, first, first + options.frames))
     target = OrtCpu()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

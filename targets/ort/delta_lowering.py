@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from onnxcomp import native
 from onnxcomp.edit import Editor, constant, redirect, replace_output, users
+from onnxcomp.macs import count_macs
 from onnxcomp.model import infer_shapes
 from onnxcomp.ops import DELTA_OPS, DOMAIN, SPARSITY
 from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
@@ -20,13 +21,15 @@ from onnxcomp.state import model_state
 from onnxcomp.target import Array
 from onnxcomp.targets.ort.delta_cells import CELLS, lower_cell, why_no_cell
 from onnxcomp.targets.ort.delta_layers import layers
-from onnxcomp.targets.ort.delta_maps import Maps, is_map, pixels
+from onnxcomp.targets.ort.delta_maps import Maps, is_map
 from onnxcomp.targets.ort.delta_products import lower_products
 from onnxcomp.targets.ort.delta_states import StreamStates
 from onnxcomp.targets.ort.delta_strip import strip
 from onnxcomp.targets.ort.dense_steps import DenseSteps
 
-# Beyond this share of changed pixels the kernels take as long as onnxruntime's for all of them.
+# Share of changed pixels, on average over the multiply-accumulates, beyond which some step takes as long as the dense
+# model's; and that of a calibration sequence beyond which there is no use in the kernels.
+_BREAK_EVEN = 0.35
 _MOST_CHANGED = 0.6
 _SHARE = 0.25  # of pixels of the input, where calibration did not tell how changes spread
 DENSE = "onnxcomp.dense"
@@ -102,22 +105,13 @@ def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None
         if source.is_graph_input() and level is not None:
             thresholds[str(source.name)] = float(level)
             of_inputs.append(changed)
-        macs = sum(_macs(n) for n in users(hold.outputs[0]))
+        macs = sum(count_macs(n) for n in users(hold.outputs[0]))
         weighted, weights = weighted + macs * changed, weights + macs
     if not thresholds:
         return None
     spread = weighted / weights / max(of_inputs) if weights and max(of_inputs) > 0 else math.nan
-    share = _SHARE if math.isnan(spread) else min(_MOST_CHANGED / spread, 0.9)
+    share = _SHARE if math.isnan(spread) else min(_BREAK_EVEN / spread, 0.9)
     return DenseSteps(thresholds=thresholds, share=share)
-
-
-def _macs(node: ir.Node) -> float:
-    """Multiply-accumulates of a convolution, up to a factor that is the same for all."""
-    weight, output = (node.inputs[1] if len(node.inputs) > 1 else None), node.outputs[0]
-    if node.op_type != "Conv" or weight is None or weight.shape is None or not is_map(output):
-        return 0.0
-    places = pixels(output)
-    return math.prod(int(d) for d in weight.shape if isinstance(d, int)) * float(places[1] * places[2])
 
 
 def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Sequence[ir.Node]) -> list[Edit]:

@@ -18,7 +18,9 @@ from onnxcomp.target import Array, Feed, Session, TensorSpec
 
 _STRIDE = 4  # one pixel of so many in each direction tells how much changed
 _UNSTARTED = -1
-_CALM = 2  # steps with little change before the state is brought up to date: a lone one would not pay
+# Steps with little change before the state is brought up to date, which costs as much as a dense step and more: a lone
+# one would not pay. After short calms more of them are waited for.
+_CALM, _LONGEST_WAIT, _SHORT = 2, 32, 16
 
 
 class DenseSteps(BaseModel):
@@ -49,9 +51,9 @@ class DenseStepsSession(Session):
         self._step, self._dense, self._when = step, functools.cache(dense), when
         shapes = {s.name: s.shape for s in step.inputs}
         self._own = tuple(_spec(name, shapes[name]) for name in when.thresholds)
-        self._calm_spec = StateSpec(input="calm steps", output="calm steps", shape=[1], dtype="int64")
+        self._rest_spec = StateSpec(input="calm steps", output="calm steps", shape=[2], dtype="int64")
         self._before: dict[str, Array] = {}
-        self._calm = _UNSTARTED
+        self._calm, self._wait = _UNSTARTED, _CALM
         self._forget()
 
     @property
@@ -68,7 +70,7 @@ class DenseStepsSession(Session):
     @override
     def states(self) -> Sequence[StateSpec]:
         """The state of the kernels, and what was seen of the inputs of the last step."""
-        return (*self._step.states, *self._own, self._calm_spec)
+        return (*self._step.states, *self._own, self._rest_spec)
 
     @property
     @override
@@ -81,16 +83,22 @@ class DenseStepsSession(Session):
         if all(isinstance(feed.get(s.input), np.ndarray) for s in self._own):  # else the session says what is wrong
             seen = {s.input: _seen(feed[s.input]) for s in self._own}
             if all(list(array.shape) == s.shape for array, s in zip(seen.values(), self._own, strict=True)):
-                self._calm = self._calm_after(seen)
-                chosen = self._step if self._calm >= _CALM else self._dense()
+                self._look(seen)
+                chosen = self._step if self._calm >= self._wait else self._dense()
                 self._before = seen
         return chosen.run(feed)
 
-    def _calm_after(self, seen: Mapping[str, Array]) -> int:
+    def _look(self, seen: Mapping[str, Array]) -> None:
+        """Counts calm steps, of which there are as many as are waited for when a stream starts."""
         if self._calm == _UNSTARTED:
-            return _CALM
-        much = any(self._share(name, array) >= self._when.share for name, array in seen.items())
-        return 0 if much else min(self._calm + 1, _CALM)
+            self._calm = self._wait
+        elif any(self._share(name, array) >= self._when.share for name, array in seen.items()):
+            if self._calm >= self._wait:  # the state was up to date, for so many steps
+                short = self._calm < self._wait + _SHORT
+                self._wait = min(2 * self._wait, _LONGEST_WAIT) if short else _CALM
+            self._calm = 0
+        else:
+            self._calm = min(self._calm + 1, _LONGEST_WAIT + _SHORT)
 
     def _share(self, name: str, seen: Array) -> float:
         change = seen - self._before[name]
@@ -105,20 +113,22 @@ class DenseStepsSession(Session):
 
     def _forget(self) -> None:
         self._before = {s.input: s.zeros() for s in self._own}
-        self._calm = _UNSTARTED
+        self._calm, self._wait = _UNSTARTED, _CALM
 
     @override
     def state(self) -> dict[str, Array]:
         own = {name: array.copy() for name, array in self._before.items()}
-        return {**self._step.state(), **own, self._calm_spec.input: np.array([self._calm], np.int64)}
+        return {**self._step.state(), **own, self._rest_spec.input: np.array([self._calm, self._wait], np.int64)}
 
     @override
     def restore(self, state: Mapping[str, Array]) -> None:
         check_state(state, self.states)
-        own = {s.input for s in (*self._own, self._calm_spec)}
+        own = {s.input for s in (*self._own, self._rest_spec)}
         self._step.restore({name: array for name, array in state.items() if name not in own})
         self._before = {s.input: state[s.input].copy() for s in self._own}
-        self._calm = int(np.clip(state[self._calm_spec.input][0], _UNSTARTED, _CALM))
+        calm, wait = (int(v) for v in state[self._rest_spec.input])
+        self._calm = min(max(calm, _UNSTARTED), _LONGEST_WAIT + _SHORT)
+        self._wait = min(max(wait, _CALM), _LONGEST_WAIT)
 
     @override
     def stream(self) -> DenseStepsSession:
