@@ -20,6 +20,7 @@ from onnxcomp.passes._delta_scopes import States
 from onnxcomp.passes._delta_search import Budget, find_thresholds, note_densities, run_dense
 from onnxcomp.passes._delta_shapes import Shapes, find_shapes, static_shape
 from onnxcomp.passes._delta_sites import Site, find_sites, rnn_nodes, taken
+from onnxcomp.passes._delta_weights import to_int8
 from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
 from onnxcomp.select import Select
 
@@ -56,6 +57,7 @@ class Delta(Pass):
         search: `global` holds the same share of changes back everywhere; `layers` more where that saves much and costs
             little, which takes one run of the sequence for each value.
         frames: Most calibration feeds to search on.
+        weights: `int8` stores the float weights of products as integers with a scale an output channel.
     """
 
     name: ClassVar[str] = "delta"
@@ -68,6 +70,7 @@ class Delta(Pass):
     min_agreement: Annotated[float, Gt(0.0), Le(1.0)] | None = None
     search: Literal["global", "layers"] = "global"
     frames: Annotated[int, Ge(2)] = 64
+    weights: Literal["keep", "int8"] = "keep"
 
     @override
     def requires(self, model: ir.Model, context: Context) -> None:
@@ -98,6 +101,8 @@ class Delta(Pass):
         if context.feeds is not None:
             values = {v: False for n in cells for v in cell_values(n)} | {s.value: s.pixels for s in sites}
             dense = run_dense(model, values, context, self.frames)
+        if self.weights == "int8":
+            to_int8(model, sites)
         holds = Holds(model, Editor(model), states, self.semantics)
         for site in sites:
             level = self._level(site.readers)

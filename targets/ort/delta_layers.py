@@ -160,7 +160,7 @@ def _activated(node: ir.Node, x: ir.Value, maps: Maps, code: int, alpha: float =
 
 
 def _concat(node: ir.Node, maps: Maps) -> Sequence[Layer]:
-    if int(attribute(node, "axis", 1)) % 4 != 1 or len(node.inputs) != 2 or any(v not in maps for v in node.inputs):
+    if int(attribute(node, "axis", 1)) % 4 != 1 or len(node.inputs) < 2 or any(v not in maps for v in node.inputs):
         return ()
     return (Layer(node.outputs[0], "DeltaConcat", tuple(v for v in node.inputs if v is not None)),)
 

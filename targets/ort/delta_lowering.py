@@ -95,11 +95,13 @@ def _map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
 
 
 def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None:
-    """Which steps are faster with the dense model; None where no input is held as a map."""
+    """Which steps are faster with the dense model; None where no input is held as a map, or streams are to be exact."""
     thresholds: dict[str, float] = {}
     of_inputs, weighted, weights = [], 0.0, 0.0
     for hold in holds:
-        source, _, _ = _unrounded(hold)
+        source, step, _ = _unrounded(hold)
+        if step.any():
+            return None  # other kernels, other last bits: some would be rounded to another step
         level = constant(hold.inputs[3])
         changed = 1 - float(hold.metadata_props[SPARSITY]) if SPARSITY in hold.metadata_props else math.nan
         if source.is_graph_input() and level is not None:

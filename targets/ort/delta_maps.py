@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -123,25 +123,46 @@ class Maps:
         """Puts a kernel behind the node that computes `value`."""
         anchor = value.producer()
         assert anchor is not None
-        inputs: list[ir.Value] = []
-        for source in layer.sources:
-            found = self.of(source)
-            inputs += [found.held, found.mask]
-        if layer.op == "DeltaEnter":
-            inputs = [layer.value]
+        maps = [self.of(source) for source in layer.sources]
+        before: list[ir.Node] = []
+        while layer.op == "DeltaConcat" and len(maps) > 2:  # the kernel joins two
+            maps[:2] = [self._join(anchor, maps[0], maps[1], before)]
+        inputs = [v for m in maps for v in (m.held, m.mask)] or [layer.value]
         inputs += [later(self._editor, name, read, ir.DataType.FLOAT, shape) for name, read, shape in layer.weights]
         inputs += [last, self._started, self._number(threshold), self._number(step)]
-        name = f"{anchor.name or value.name}_delta"
+        node, found = self._node(anchor, layer.op, inputs, layer.attributes, pixels(value))
+        self._model.graph.insert_after(anchor, [*before, node])
+        return found
+
+    def _join(self, anchor: ir.Node, first: Map, second: Map, nodes: list[ir.Node]) -> Map:
+        """The channels of two maps in one; the node is added to `nodes`."""
+        sizes = [[int(d) for d in m.held.shape or () if isinstance(d, int)] for m in (first, second)]
+        shape = (*sizes[0][:3], sizes[0][3] + sizes[1][3])
+        last = self._states.new(f"{anchor.outputs[0].name}_joined", shape)
+        nothing = self._number(np.zeros(1, np.float32))
+        inputs = [first.held, first.mask, second.held, second.mask, last, self._started, nothing, nothing]
+        node, found = self._node(anchor, "DeltaConcat", inputs, {}, shape)
+        nodes.append(node)
+        self._states.put(last, found.held)
+        return found
+
+    def _node(
+        self,
+        anchor: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, int | float],
+        shape: tuple[int, ...],
+    ) -> tuple[ir.Node, Map]:
+        name = f"{anchor.name or anchor.outputs[0].name}_delta"
         outputs = [ir.Value(name=self._editor.free(f"{name}_{what}")) for what in ("held", "mask")]
-        outputs[0].type, outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(pixels(value))
-        outputs[1].type, outputs[1].shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(pixels(value)[:3])
+        outputs[0].type, outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        outputs[1].type, outputs[1].shape = ir.TensorType(ir.DataType.UINT8), ir.Shape(shape[:3])
         node = ir.node(
-            layer.op, inputs, dict(layer.attributes), domain=native.DOMAIN, outputs=outputs,
-            name=self._editor.free_node(name),
-        )  # fmt: skip
+            op, inputs, dict(attributes), domain=native.DOMAIN, outputs=outputs, name=self._editor.free_node(name)
+        )
         node.metadata_props.update(anchor.metadata_props)
-        self._model.graph.insert_after(anchor, node)
-        return Map(*outputs)
+        return node, Map(*outputs)
 
     def _number(self, array: Array) -> ir.Value:
         key = array.tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -54,15 +55,17 @@ def lower_products(
     for reader in readers:
         weight = _weight(reader, held)
         assert weight is not None
-        read, size = weight
+        size = weight.size
         total = states.new(f"{reader.name}_sum", (*shape[:-1], size[1]))
         own = last if first is None else states.new(f"{reader.name}_sent", shape)
-        matrix = later(editor, f"{reader.name}_rows", read, ir.DataType.FLOAT, size)
+        matrix = later(editor, f"{reader.name}_rows", weight.read, weight.dtype, size)
+        parts = [matrix] if weight.scale is None else [matrix, weight.scale]
         outputs = [ir.Value(name=editor.free(f"{reader.name}_{what}")) for what in ("sum", "sent")]
         for value, length in zip(outputs, (size[1], shape[-1]), strict=True):
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([*shape[:-1], length])
         node = ir.node(
-            "DeltaMatMul", [source, own, total, threshold, numbers[2], matrix], domain=native.DOMAIN, outputs=outputs,
+            "DeltaMatMul" if weight.scale is None else "DeltaMatMulInt8",
+            [source, own, total, threshold, numbers[2], *parts], domain=native.DOMAIN, outputs=outputs,
             name=editor.free_node(f"{reader.name}_delta"),
         )  # fmt: skip
         node.metadata_props.update(reader.metadata_props)
@@ -109,20 +112,41 @@ def _why_not(hold: ir.Node, source: ir.Value) -> str:
     return ""
 
 
-def _weight(node: ir.Node, held: ir.Value) -> tuple[Callable[[], Array], tuple[int, int]] | None:
-    """Reader and size of the weight `[K, N]` of a product with `held` on its left; None if it is no such product."""
+@dataclass(frozen=True)
+class _Weight:
+    """The weight of a product as a kernel takes it.
+
+    Attributes:
+        read: Reads it, `[K, N]`.
+        size: K and N.
+        dtype: Float or int8.
+        scale: Of int8, float32 `[N]`.
+    """
+
+    read: Callable[[], Array]
+    size: tuple[int, int]
+    dtype: ir.DataType
+    scale: ir.Value | None = None
+
+
+def _weight(node: ir.Node, held: ir.Value) -> _Weight | None:
+    """The constant weight of a product with `held` on its left; None if it is no such product, or a small one."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is not held:
-        return None
-    weight = node.inputs[1]
-    if weight is None or weight.dtype != ir.DataType.FLOAT or constant(weight) is None or weight.shape is None:
-        return None
-    size = [int(d) for d in weight.shape if isinstance(d, int)]
-    if len(size) != 2 or size[0] * size[1] < _FEWEST_WEIGHTS:
         return None
     turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
     if node.op_type == "Gemm" and (
         attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1
     ):
+        return None
+    weight, scale = node.inputs[1], None
+    producer = None if weight is None else weight.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        weight, scale = _integers(producer, 0 if turned else 1)
+    kind = ir.DataType.FLOAT if scale is None else ir.DataType.INT8
+    if weight is None or weight.dtype != kind or constant(weight) is None or weight.shape is None:
+        return None
+    size = [int(d) for d in weight.shape if isinstance(d, int)]
+    if len(size) != 2 or size[0] * size[1] < _FEWEST_WEIGHTS:
         return None
 
     def read() -> Array:
@@ -130,7 +154,20 @@ def _weight(node: ir.Node, held: ir.Value) -> tuple[Callable[[], Array], tuple[i
         assert array is not None
         return np.ascontiguousarray(array.T) if turned else array
 
-    return read, (size[1], size[0]) if turned else (size[0], size[1])
+    return _Weight(read, (size[1], size[0]) if turned else (size[0], size[1]), kind, scale)
+
+
+def _integers(node: ir.Node, axis: int) -> tuple[ir.Value | None, ir.Value | None]:
+    """Integers and scale of a weight with one scale an output channel; nothing if it has another form."""
+    scale = node.inputs[1]
+    array = constant(scale)
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    given = int(attribute(node, "axis", 1))
+    if array is None or array.ndim != 1 or given % 2 != axis or attribute(node, "block_size", 0):
+        return None, None
+    if array.dtype != np.float32 or (zero is not None and zero.any()):
+        return None, None
+    return node.inputs[0], scale
 
 
 def _hand_over(editor: Editor, reader: ir.Node, total: ir.Value) -> None:

@@ -55,8 +55,8 @@ def mixed() -> ir.Model:
     halves = [f"half_{i}" for i in range(2)]
     b.nodes.append(helper.make_node("Split", [first, b.const(np.array([4, 4]))], halves, name="split", axis=1))
     part = b.op("Slice", first, *(b.const(np.array([v])) for v in (2, 6, 1)))
-    joined = b.op("Concat", b.op("Add", halves[0], part), halves[1], axis=1)
-    wide = b.op("Clip", conv(joined, 8, 8, 1), b.const(np.float32(-1)), b.const(np.float32(1.5)))
+    joined = b.op("Concat", b.op("Add", halves[0], part), halves[1], part, axis=1)
+    wide = b.op("Clip", conv(joined, 8, 12, 1), b.const(np.float32(-1)), b.const(np.float32(1.5)))
     mean = b.op("ReduceMean", wide, b.const(np.array([2, 3])), keepdims=1)
     gate = b.op("HardSigmoid", conv(b.op("Relu", conv(mean, 4, 8, 1)), 8, 4, 1), alpha=0.25, beta=0.4)
     scaled = b.op("Mul", wide, gate)
@@ -115,6 +115,16 @@ def test_state_of_kernels_is_in_place():
     states = model_state(changed)
     assert all(s.in_place for s in states if len(s.shape) == 4)
     assert [s.shape for s in states if s.shape[1:] == [16, 16, 3]]  # pixels lie together
+
+
+def test_integer_weights_of_products(tmp_path):
+    dense, feeds = mlp(), walk(60, (1, 256), share=0.1)
+    step, _ = delta(dense, feeds, threshold=0.0, weights="int8")
+    assert sum(n.op_type == "DequantizeLinear" for n in step.graph) == 1  # both products read one weight
+    assert natives(lowered(step, OrtCpu())[0]) == {"DeltaMatMulInt8": 2}
+    found = on_target(step, feeds, tmp_path)
+    assert largest(found, stream(step, feeds)) < 1e-5
+    assert 1e-5 < largest(found, stream(dense, feeds)) < 0.02
 
 
 def mlp(rows: int = 1, **gemm: Any) -> ir.Model:
