@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from onnxcomp.compare import Metric
-from onnxcomp.data import Source, load_data
+from onnxcomp.data import Data, Source, load_data
 from onnxcomp.doctor import environment
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.model import input_specs, load, save
@@ -20,7 +20,7 @@ from onnxcomp.passes.mixed import Mixed
 from onnxcomp.profile import ratio
 from onnxcomp.recipe import AUTO, Recipe
 from onnxcomp.rewrite import Check, Pass, Progress
-from onnxcomp.target import Capabilities
+from onnxcomp.target import Capabilities, Feed
 from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.figures import check_drop, fidelity_of, figures, time_sessions
 from onnxcomp.verbs.resolve import (
@@ -41,6 +41,8 @@ from onnxcomp.workdir import replacing
 
 if TYPE_CHECKING:
     from onnxcomp.report import Report
+
+_MOST_STEPS, _MOST_BYTES = 200, 256 << 20  # of a sequence that is timed
 
 
 def compress(
@@ -131,15 +133,19 @@ def compress(
             "after": chosen.load(artifact, threads=threads),
         }
         streams = len(sessions["after"].states) > len(sessions["before"].states)
+        timed = _steps(evaluation) if streams and evaluation is not None else []
         if streams and measure:
             warnings.append(
-                "the rewritten model carries state, and its times are those of one feed over and over, in which "
-                "nothing changes: compare them on a sequence with onnxcomp profile --stream --baseline"
+                f"the rewritten model carries state: times are medians over {len(timed)} steps of the evaluation data, "
+                "run as one stream"
+                if timed
+                else "the rewritten model carries state, and its times are those of one feed over and over, in which "
+                "nothing changes: give a sequence as data"
             )
         fidelity = fidelity_of(sessions, original, rewritten, evaluation, scored, progress)
         feeds = load_data("random", input_specs(original), seed=seed) if evaluation is None else evaluation
         feed = next(iter(feeds))
-        latency = time_sessions(sessions, feed, repeat, seconds, progress) if measure else {}
+        latency = time_sessions(sessions, timed or [feed], repeat, seconds, progress) if measure else {}
         name = original.graph.name or "model" if isinstance(model, ir.Model) else str(model)
         before = ModelReport(
             path=name,
@@ -160,7 +166,7 @@ def compress(
             after=after,
             passes=(*passes, *(step for step in lowering if step.edits)),
             fidelity=fidelity,
-            ratio=ratio(latency["after"], latency["before"]) if measure and not streams else None,
+            ratio=ratio(latency["after"], latency["before"]) if measure and (timed or not streams) else None,
             calibration="" if calibration is None else calibration.name,
             calibration_samples=0 if calibration is None else len(calibration),
             warnings=tuple(warnings),
@@ -172,6 +178,18 @@ def compress(
         shutil.rmtree(work / "baseline")
         write_report(report, work)
     return report
+
+
+def _steps(evaluation: Data) -> list[Feed]:
+    """The first steps of a sequence, as many as a timing runs and memory holds; none if there is no more than one."""
+    found: list[Feed] = []
+    size = 0
+    for feed in evaluation.take(_MOST_STEPS):
+        size += sum(array.nbytes for array in feed.values())
+        if size > _MOST_BYTES and len(found) > 1:
+            break
+        found.append(feed)
+    return found if len(found) > 1 else []
 
 
 def _limited(passes: Sequence[Pass], max_drop: float | None) -> list[Pass]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,12 +79,32 @@ def fidelity_of(
 
 
 def time_sessions(
-    sessions: Mapping[str, Session], feed: Feed, repeat: int, seconds: float | None, progress: Progress | None
+    sessions: Mapping[str, Session],
+    feeds: Sequence[Feed],
+    repeat: int,
+    seconds: float | None,
+    progress: Progress | None,
 ) -> dict[str, Latency]:
-    """Latency of every session on one feed, measured interleaved."""
+    """Latency of every session, measured interleaved.
+
+    Args:
+        sessions: Name to session.
+        feeds: What a run takes: each round the next one, over and over from a reset; all sessions the same in a round.
+        repeat: Rounds.
+        seconds: Most time to spend.
+        progress: Told about every round.
+    """
 
     def run_of(session: Session) -> Callable[[], object]:
-        return lambda: session.run(feed)
+        steps = itertools.cycle(range(len(feeds)))
+
+        def run() -> object:
+            step = next(steps)
+            if step == 0:
+                session.reset()
+            return session.run(feeds[step])
+
+        return (lambda: session.run(feeds[0])) if len(feeds) == 1 else run
 
     def told(done: int, total: int) -> None:
         if progress:

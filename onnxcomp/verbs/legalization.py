@@ -162,7 +162,7 @@ def _attempt(
             )
             found = replace(found, reference=name, to_reference=figures)
         if timing is not None:
-            latency = time_sessions(sessions, feed, *timing, progress)
+            latency = time_sessions(sessions, [feed], *timing, progress)
             found = replace(found, latency=latency, ratio=ratio(latency["after"], latency["before"]))
     return found
 

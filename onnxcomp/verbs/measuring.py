@@ -63,7 +63,7 @@ def profile(
             artifacts["baseline"] = artifact_of(baseline, chosen, Path(folder, "baseline"), shapes)
         sessions = {name: chosen.load(a, threads=threads) for name, a in artifacts.items()}
         feed = next(iter(load_data(data, sessions["model"].inputs, seed=seed)))
-        latency = time_sessions(sessions, feed, repeat, seconds, progress)
+        latency = time_sessions(sessions, [feed], repeat, seconds, progress)
         return Profile(
             target=target,
             threads=threads,
