@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 on a video of a fixed camera: what a stream saves against whole frames, and what it costs.
 
-    python -m examples.delta.video [--clip FILE] [--start 0] [--calibrate 64] [--frames 400] [--max-error 0.1]
-        [--search layers] [--plot page.html]
+    python -m examples.delta.video [--clip FILE] [--on FILE] [--start 0] [--calibrate 64] [--frames 400]
+        [--max-error 0.1] [--search layers] [--plot page.html]
 
 Thresholds are searched on the first frames, everything else is told of later ones. Two dense models stand beside it,
 float and static int8, both as ONNX Runtime executes them best; all run frame by frame in turns, one thread. `quarter`
@@ -37,6 +37,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m examples.delta.video", description=__doc__)
     parser.add_argument("--clip", type=Path, default=clip(FIXED[0]))
+    parser.add_argument("--on", type=Path, help="clip to judge and to time, in place of later frames of the first")
     parser.add_argument("--start", type=int, default=0, help="first frame to calibrate with")
     parser.add_argument("--calibrate", type=int, default=64, help="frames to search thresholds on")
     parser.add_argument("--frames", type=int, default=400, help="later frames to judge and to time")
@@ -47,7 +48,8 @@ def main() -> None:
     options = parser.parse_args()
     first = options.start + options.calibrate
     calibration = list(feeds(options.clip, options.start, first))
-    frames = list(feeds(options.clip, first, first + options.frames))
+    judged, begin = (options.on, 0) if options.on else (options.clip, first)
+    frames = list(feeds(judged, begin, begin + options.frames))
     target = OrtCpu()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -62,7 +64,7 @@ def main() -> None:
             found = api.rewrite(folder / "float.onnx", None, recipe=passes, data=calibration, samples=None)
             artifacts[kind] = compiled(found.model, target, folder / kind)
         dense = outputs(artifacts["fp32"], frames)
-        print(f"{options.clip.name}, {len(frames)} frames behind {len(calibration)} for calibration")
+        print(f"{judged.name}, {len(frames)} frames; calibrated on {len(calibration)} of {options.clip.name}")
         for kind in ("int8", "stream"):
             scores = outputs(artifacts[kind], frames)
             agree = (scores.argmax(axis=-1) == dense.argmax(axis=-1)).mean()

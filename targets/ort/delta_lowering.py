@@ -88,31 +88,33 @@ def _map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
         n for n in holds
         if n.op_type == "DeltaHoldPixels" and n.graph is model.graph and is_map(n.inputs[0]) and is_map(n.outputs[0])
     ]  # fmt: skip
-    noted = [float(n.metadata_props[SPARSITY]) for n in found if SPARSITY in n.metadata_props]
-    if noted and 1 - math.fsum(noted) / len(noted) > _MOST_CHANGED:
-        return []
-    return found
+    return [] if _changed(found) > _MOST_CHANGED else found
+
+
+def _changed(holds: Sequence[ir.Node]) -> float:
+    """Share of changed pixels on a calibration sequence, on average over the multiply-accumulates; NaN if not known."""
+    macs = [float(sum(count_macs(n) for n in users(h.outputs[0]))) for h in holds]
+    noted = [float(h.metadata_props.get(SPARSITY, math.nan)) for h in holds]
+    total = math.fsum(macs)
+    return 1 - math.fsum(m * n for m, n in zip(macs, noted, strict=True) if m) / total if total else math.nan
 
 
 def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None:
     """Which steps are faster with the dense model; None where no input is held as a map, or streams are to be exact."""
     thresholds: dict[str, float] = {}
-    of_inputs, weighted, weights = [], 0.0, 0.0
+    of_inputs = []
     for hold in holds:
         source, step, _ = _unrounded(hold)
         if step.any():
             return None  # other kernels, other last bits: some would be rounded to another step
         level = constant(hold.inputs[3])
-        changed = 1 - float(hold.metadata_props[SPARSITY]) if SPARSITY in hold.metadata_props else math.nan
         if source.is_graph_input() and level is not None:
             thresholds[str(source.name)] = float(level)
-            of_inputs.append(changed)
-        macs = sum(count_macs(n) for n in users(hold.outputs[0]))
-        weighted, weights = weighted + macs * changed, weights + macs
+            of_inputs.append(1 - float(hold.metadata_props.get(SPARSITY, math.nan)))
     if not thresholds:
         return None
-    spread = weighted / weights / max(of_inputs) if weights and max(of_inputs) > 0 else math.nan
-    share = _SHARE if math.isnan(spread) else min(_BREAK_EVEN / spread, 0.9)
+    spread = _changed(holds) / max(of_inputs) if max(of_inputs) > 0 else math.nan
+    share = _SHARE if math.isnan(spread) else min(_BREAK_EVEN / max(spread, _BREAK_EVEN), 0.9)
     return DenseSteps(thresholds=thresholds, share=share)
 
 
