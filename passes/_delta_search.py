@@ -22,7 +22,7 @@ from onnxcomp.target import Array, Feed
 _SHARES = np.append(np.linspace(0.0, 0.99, 100), [0.995, 1.0])  # of changes that a threshold may hold back
 _SAMPLES = 2048  # changes of one value that a step adds to its distribution
 _REFERENCE = 75  # index of the share at which a layer's part of the error is measured
-_WEIGHTS = np.logspace(-6, 8, 57)  # of the error against the cost, tried by bisection
+_WEIGHTS = np.logspace(-6, 8, 57)  # of squared errors against shares of the cost, tried by bisection
 
 Step = Mapping[str, Array]
 
@@ -153,7 +153,8 @@ def find_thresholds(
             levels = _most(lambda i: table[:, i], len(_SHARES), spent)
         else:
             errors = _errors_alone(table[:, _REFERENCE], dense, run)
-            levels = _most(lambda i: _balanced(table, errors, holds.costs, _WEIGHTS[-1 - i]), len(_WEIGHTS), spent)
+            costs = holds.costs / holds.costs.sum()
+            levels = _most(lambda i: _balanced(table, errors, costs, _WEIGHTS[-1 - i]), len(_WEIGHTS), spent)
         used = spent(levels)
     for place, level in zip(places, levels, strict=True):
         place.level = float(level)

@@ -131,7 +131,9 @@ def test_a_search_by_layers_sends_no_more_than_a_global_one():
         step, _ = delta(model, feeds, **options)
         return float(np.mean([1 - float(n.metadata_props["onnxcomp.sparsity"]) for n in holds(step)]))
 
-    assert density(max_error=0.03, search="layers") <= density(max_error=0.015)
+    by_layers = density(max_error=0.03, search="layers")
+    assert by_layers <= density(max_error=0.015)
+    assert by_layers < density(threshold=0.0)
 
 
 def test_thresholds_for_classes():
