@@ -83,6 +83,9 @@ def _window(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> dict[str, int]
         pads = [0, 0]
     if min(pads, default=0) < 0:
         return None
+    sizes = zip(channels(x)[2:], channels(node.outputs[0])[2:], strides, pads, strict=False)
+    if any((out - 1) * int(stride) - pad >= size for size, out, stride, pad in sizes):
+        return None  # padding alone fills a window, which the kernels take for a mistake
     return {
         "stride_h": int(strides[0]), "stride_w": int(strides[1]), "pad_top": pads[0], "pad_left": pads[1],
         "dilation_h": int(dilations[0]), "dilation_w": int(dilations[1]),

@@ -11,13 +11,16 @@ import onnx
 
 from onnxcomp.api import compile, inspect, legalize, rewrite
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.model import load, save
+from onnxcomp.model import input_specs, load, save
 from onnxcomp.passes._nm_scores import Method
+from onnxcomp.passes.delta import Delta
 from onnxcomp.passes.nm_mask import NmMask
 from onnxcomp.passes.nm_pack import NmPack
 from onnxcomp.passes.permute import Permute
+from onnxcomp.targets.ort import OrtCpu, reference_runner
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.unrounded import unrounded
+from onnxcomp.verbs.resolve import lowered
 from tests.corpus.harness import differences, run_all, session
 
 RTOL = 1e-3
@@ -87,7 +90,40 @@ def check_model(
     except OnnxcompError as error:
         _check_reason(error)
         refused = True
+    try:
+        _check_stream(path, folder, before, feeds, data)
+    except OnnxcompError as error:
+        _check_reason(error)
+        refused = True
     return "refused" if refused else "same"
+
+
+def _check_stream(
+    path: Path,
+    folder: Path,
+    before: list[list[Any]],
+    feeds: Sequence[dict[str, np.ndarray]],
+    data: Sequence[dict[str, np.ndarray]],
+) -> None:
+    """A stream that sends every change puts out what the model does, in the portable form and by kernels."""
+    found = rewrite(path, folder / "step.onnx", recipe=[Delta(threshold=0.0)], data=data[:1])
+    shapes = {s.name: s.shape for s in input_specs(found.model)}
+    fitting = [i for i, f in enumerate(feeds) if all(k in shapes and _fits(v.shape, shapes[k]) for k, v in f.items())]
+    order = [i for i in (*fitting, *reversed(fitting)) for _ in range(2)]  # every feed twice: then nothing changes
+    names = [v.name for v in load(path).graph.outputs]
+    target = OrtCpu()
+    session = target.load(target.compile(lowered(found.model, target)[0], folder / "artifact"))
+    runs = {"portable": reference_runner(found.model, [n or "" for n in names]), "kernels": session.run}
+    for kind, run in runs.items():
+        streamed = [[outputs[n] for n in names] for outputs in (run(feeds[i]) for i in order)]
+        off = _changes([before[i] for i in order], streamed, ATOL)
+        assert not off, f"as a stream ({kind}) the outputs are others: {off}"
+
+
+def _fits(given: tuple[int, ...], stated: Sequence[int | str | None] | None) -> bool:
+    return stated is None or (
+        len(given) == len(stated) and all(g == s for g, s in zip(given, stated, strict=True) if isinstance(s, int))
+    )
 
 
 def _check_sparse(

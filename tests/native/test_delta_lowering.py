@@ -278,3 +278,14 @@ def test_streams_with_dense_steps_go_on_from_their_state(tmp_path):
         second.load_state(tmp_path / "state.npz")
         found += [second.run(f)[name].copy() for f in feeds[cut:]]
         assert all(np.array_equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def test_windows_of_padding_alone_are_left_to_the_runtime(tmp_path):
+    b = Builder()
+    x = b.input("x", [1, 3, 16, 16])
+    wide = b.op("Conv", x, b.floats(4, 3, 1, 1), name="padded", pads=[0, 0, 3, 0])
+    dense = b.output(b.op("Conv", wide, b.floats(2, 4, 3, 3), name="plain")).model()
+    feeds = frames(8)
+    step, _ = delta(dense, feeds, threshold=0.0)
+    assert natives(lowered(step, OrtCpu())[0])["DeltaConv"] == 1
+    assert largest(on_target(step, feeds, tmp_path), stream(dense, feeds)) < 1e-5
