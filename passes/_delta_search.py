@@ -19,7 +19,8 @@ from onnxcomp.rewrite import Context
 from onnxcomp.state import STATE_KEY, model_state
 from onnxcomp.target import Array, Feed
 
-_SHARES = np.append(np.linspace(0.0, 0.99, 100), [0.995, 1.0])  # of changes that a threshold may hold back
+# Of changes that a threshold may hold back: never all of them, or what calibration did not see would be held as well.
+_SHARES = np.linspace(0.0, 0.99, 100)
 _SAMPLES = 2048  # changes of one value that a step adds to its distribution
 _REFERENCE = 75  # index of the share at which a layer's part of the error is measured
 _WEIGHTS = np.logspace(-6, 8, 57)  # of squared errors against shares of the cost, tried by bisection
@@ -72,6 +73,11 @@ class Dense:
     feeds: Sequence[Feed]
     outputs: Sequence[Step]
     changes: Mapping[str, Array]
+
+
+def hardly_changes(dense: Dense, budget: Budget) -> bool:
+    """Whether the first step's outputs would do for the whole sequence, so that it cannot tell what changes cost."""
+    return len(dense.outputs) > 1 and budget.spent(dense.outputs, [dense.outputs[0]] * len(dense.outputs)) <= 1
 
 
 def run_dense(model: ir.Model, values: Mapping[ir.Value, bool], context: Context, frames: int) -> Dense:

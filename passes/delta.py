@@ -17,7 +17,7 @@ from onnxcomp.ops import MIN_OPSET
 from onnxcomp.passes._delta_cells import cell_inputs, cell_values, stream_cell, why_not_cell
 from onnxcomp.passes._delta_holds import Holds
 from onnxcomp.passes._delta_scopes import States
-from onnxcomp.passes._delta_search import Budget, find_thresholds, note_densities, run_dense
+from onnxcomp.passes._delta_search import Budget, find_thresholds, hardly_changes, note_densities, run_dense
 from onnxcomp.passes._delta_shapes import Shapes, find_shapes, static_shape
 from onnxcomp.passes._delta_sites import Site, find_sites, rnn_nodes, taken
 from onnxcomp.passes._delta_weights import to_int8
@@ -111,6 +111,12 @@ class Delta(Pass):
         for node in cells:
             stream_cell(node, holds, shapes, self._level([node]))
         if self.threshold is None and dense is not None:
+            if hardly_changes(dense, self._budget()):
+                detail = (
+                    "the outputs hardly change on the calibration sequence, so that it cannot tell what unsent changes "
+                    "cost: give one in which more happens, or a smaller budget"
+                )
+                edits.append(Edit(action="refused", node="", op_type="model", detail=detail))
             detail = find_thresholds(holds, dense, self._budget(), context, self.search)
             edits.append(Edit(action="applied", node="", op_type="model", detail=detail))
         if dense is not None and len(dense.feeds) > 1:

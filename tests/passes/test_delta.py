@@ -261,6 +261,16 @@ def test_contradictions_are_refused_early(options, text):
         api.rewrite(cnn(), None, recipe=[Delta(**options)])
 
 
+def test_a_still_sequence_says_that_it_tells_nothing():
+    model = cnn()
+    _, edits = delta(model, frames(1) * 8, max_error=0.02)
+    assert any("give one in which more happens" in d for d in details(edits, "refused"))
+    step, edits = delta(model, frames(20), max_error=2e-4)
+    assert not any("in which more happens" in d for d in details(edits, "refused"))
+    moved = [{"x": f["x"][..., ::-1].copy()} for f in frames(20)]  # changes that calibration did not see are sent
+    assert largest(stream(step, [*frames(4), *moved]), stream(model, [*frames(4), *moved])) < 0.05
+
+
 def test_one_feed_is_no_sequence():
     with pytest.raises(OnnxcompError, match="at least 2 feeds"):
         delta(cnn(), frames(1), max_error=0.1)
