@@ -18,9 +18,9 @@ from onnxcomp.target import Array, Feed, Session, TensorSpec
 
 _STRIDE = 4  # one pixel of so many in each direction tells how much changed
 _UNSTARTED = -1
-# Steps with little change before the state is brought up to date, which costs as much as a dense step and more: a lone
-# one would not pay. After short calms more of them are waited for.
-_CALM, _LONGEST_WAIT, _SHORT = 2, 32, 16
+# The step that brings the state up to date costs as much as a dense one and somewhat more. One with little change is
+# enough to try it; where fewer than some came of that, twice as many are waited for the next time.
+_CALM, _LONGEST_WAIT, _SHORT = 1, 32, 3
 
 
 class DenseSteps(BaseModel):
@@ -93,8 +93,8 @@ class DenseStepsSession(Session):
         if self._calm == _UNSTARTED:
             self._calm = self._wait
         elif any(self._share(name, array) >= self._when.share for name, array in seen.items()):
-            if self._calm >= self._wait:  # the state was up to date, for so many steps
-                short = self._calm < self._wait + _SHORT
+            if self._calm >= self._wait:  # the state was kept up to date
+                short = self._calm - self._wait + 1 < _SHORT
                 self._wait = min(2 * self._wait, _LONGEST_WAIT) if short else _CALM
             self._calm = 0
         else:
