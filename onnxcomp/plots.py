@@ -208,16 +208,22 @@ def perplexities(points: Sequence[tuple[float, float]], limit: float, share: flo
     return _svg("perplexities", draw, 3.2)
 
 
-def stream(densities: Mapping[str, Sequence[float | None]], times: Mapping[str, Sequence[float]]) -> str:
-    """Shares of what changed in every step of a stream, and below what the steps took.
+def stream(
+    densities: Mapping[str, Sequence[float | None]],
+    times: Mapping[str, Sequence[float]],
+    errors: Sequence[float | None] = (),
+) -> str:
+    """Shares of what changed in every step of a stream, below what the steps took, and the error if it is known.
 
     Args:
         densities: At most two, by what changed; None where it is not known.
         times: Milliseconds by model, the one in question last.
+        errors: Relative errors of the outputs.
     """
+    known = any(error is not None for error in errors)
 
     def draw(figure: Figure) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+        above, below, *last = figure.subplots(2 + known, 1, sharex=True, height_ratios=[2, 3, 2][: 2 + known])
         for (label, shares), color in zip(densities.items(), (AFTER, WORST), strict=False):
             above.plot([math.nan if share is None else share for share in shares], lw=1.2, color=color, label=label)
         _shares(above.yaxis)
@@ -227,12 +233,17 @@ def stream(densities: Mapping[str, Sequence[float | None]], times: Mapping[str, 
             below.plot(found, lw=1.2, color=color, label=label)
         below.set_ylim(bottom=0.0)
         below.set_ylabel("ms a step")
-        below.set_xlabel("step")
+        for axes in last:
+            axes.plot([math.nan if e is None else e for e in errors], lw=1.2, color=AFTER)
+            axes.set_ylim(bottom=0.0)
+            axes.set_ylabel("relative error")
+            axes.grid()
+        (last or [below])[-1].set_xlabel("step")
         for axes in (above, below):
             axes.grid()
             axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
 
-    return _svg("stream", draw, 4.2)
+    return _svg("stream", draw, 5.6 if known else 4.2)
 
 
 def _blocks_along(axes: Axes, count: int) -> None:

@@ -18,6 +18,8 @@ class StreamStep:
         model_ms: Wall time of the model in milliseconds.
         baseline_ms: Likewise of the baseline, if there is one.
         ratio: Time of the model over that of the baseline within a pass.
+        error: Difference of the model's outputs from the baseline's, as root mean square over that of the baseline's,
+            worst output; None without a baseline, or where they share no floating output.
     """
 
     step: int
@@ -26,6 +28,7 @@ class StreamStep:
     model_ms: float
     baseline_ms: float | None = None
     ratio: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

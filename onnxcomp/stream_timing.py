@@ -56,7 +56,7 @@ def profile_sessions(
         raise DataError(f"{data} has {len(feeds)} step{'s' * (len(feeds) != 1)}; a stream has two or more")
     if repeat < 1:
         raise RecipeError(f"repeat must be at least 1, not {repeat}")
-    state_densities = _warm_up(sessions, feeds)
+    state_densities, errors = _warm_up(sessions, feeds)
     wall, cpu = _time_passes(sessions, feeds, repeat, seconds, clock or SystemClock(), progress)
     medians = {name: np.median(times, axis=0) / 1e6 for name, times in wall.items()}
     paired = "baseline" in wall
@@ -84,6 +84,7 @@ def profile_sessions(
                 model_ms=float(medians["model"][i]),
                 baseline_ms=float(medians["baseline"][i]) if paired else None,
                 ratio=float(ratios[i]) if ratios is not None else None,
+                error=errors[i],
             )
             for i, density in enumerate(densities)
         ),
@@ -96,19 +97,34 @@ def profile_sessions(
     )
 
 
-def _warm_up(sessions: Mapping[str, Session], feeds: Sequence[Feed]) -> list[float | None]:
-    """One pass that is not timed; gives the share of the model's state that every step changes."""
-    found: list[float | None] = []
+def _warm_up(sessions: Mapping[str, Session], feeds: Sequence[Feed]) -> tuple[list[float | None], list[float | None]]:
+    """One pass that is not timed; gives the share of the model's state that every step changes, and its error."""
+    shares: list[float | None] = []
+    errors: list[float | None] = []
     for session in sessions.values():
         session.reset()
     before = _state(sessions["model"])
     for feed in feeds:
-        for session in sessions.values():
-            session.run(feed)
+        outputs = {name: session.run(feed) for name, session in sessions.items()}
+        errors.append(_error(outputs["model"], outputs["baseline"]) if "baseline" in outputs else None)
         after = _state(sessions["model"])
-        found.append(_changed(before, after) if after else None)
+        shares.append(_changed(before, after) if after else None)
         before = after
-    return found
+    return shares, errors
+
+
+def _error(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> float | None:
+    """Relative error of the worst output that both have."""
+    errors = []
+    for name, want in wanted.items():
+        other = found.get(name)
+        if other is None or want.dtype.kind != "f" or other.shape != want.shape or not want.size:
+            continue
+        with np.errstate(all="ignore"):  # of NaN and infinity there is no error to tell
+            off = float(np.square(np.subtract(other, want, dtype=np.float64)).sum())
+            size = float(np.square(want, dtype=np.float64).sum())
+        errors.append(np.sqrt(off / size) if size else float(off > 0))
+    return float(np.max(errors)) if errors else None
 
 
 def _state(session: Session) -> dict[str, Array]:

@@ -88,7 +88,8 @@ def write_stream_page(profile: StreamProfile, path: str | os.PathLike[str], *, m
         if profile.baseline is not None:
             times = {"baseline": [s.baseline_ms or 0.0 for s in profile.steps], **times}
         densities = {"input": [s.density for s in profile.steps], "state": [s.state_density for s in profile.steps]}
-        plot = plots.stream({k: v for k, v in densities.items() if any(d is not None for d in v)}, times)
+        shown = {k: v for k, v in densities.items() if any(d is not None for d in v)}
+        plot = plots.stream(shown, times, [s.error for s in profile.steps])
     text = templates.page("stream.html.jinja", {"profile": profile, "model": model, "plot": plot})
     try:
         write_whole(Path(path), text)

@@ -31,6 +31,7 @@ def test_a_delta_model_against_the_dense_one(profile):
     assert [s.density == 0 for s in profile.steps[1:]] == [True, False] * 3 + [True]  # every second frame is new
     assert profile.steps[1].state_density < 1e-3  # one number of the state counts steps
     assert profile.steps[0].state_density > 0.9
+    assert all(s.error < 1e-5 for s in profile.steps)
     assert all(s.model_ms > 0 and s.baseline_ms > 0 and s.ratio > 0 for s in profile.steps)
     assert (profile.ratio.rounds, profile.target, profile.threads) == (6, "ort-cpu", 1)
     assert "1 thread" in profile.verdict
@@ -115,3 +116,18 @@ def test_compress_times_a_stream_on_its_sequence(tmp_path):
     assert found.ratio is not None
     assert found.ratio.rounds == 6
     assert any("15 steps of the evaluation data, run as one stream" in text for text in found.warnings)
+
+
+def test_errors_of_steps_are_those_of_the_outputs(tmp_path):
+    steps = streams.frames(12)
+    model, _ = streams.delta(streams.cnn(), steps, threshold=0.05)
+    found = api.profile_stream(model, streams.cnn(), data=steps, repeat=5)
+    target = OrtCpu()
+    session = target.load(compiled(model, target, tmp_path / "artifact"))
+    name = session.outputs[0].name
+    dense = streams.stream(streams.cnn(), steps)
+    wanted = [
+        float(np.linalg.norm(session.run(f)[name] - d) / np.linalg.norm(d)) for f, d in zip(steps, dense, strict=True)
+    ]
+    assert max(wanted) > 1e-3
+    np.testing.assert_allclose([s.error for s in found.steps], wanted, rtol=0.01, atol=1e-6)

@@ -27,7 +27,7 @@ def test_stream(cli, as_json, folder):
     found = as_json(*arguments, "--baseline", folder / "dense.onnx", "--plot", folder / "stream.html")
     assert len(found["steps"]) == 30
     assert found["steps"][0]["density"] is None
-    assert set(found["steps"][1]) == {"step", "density", "state_density", "model_ms", "baseline_ms", "ratio"}
+    assert set(found["steps"][1]) == {"step", "density", "state_density", "model_ms", "baseline_ms", "ratio", "error"}
     assert (found["threads"], found["ratio"]["rounds"], found["model"]["passes"]["samples"]) == (1, 6, 6)
     assert found["verdict"]
     assert {"density", "model_ms", "baseline_ms", "ratio", "steps"} == set(found["low"]) == set(found["high"])
