@@ -303,7 +303,8 @@ def stream_profile(found: StreamProfile, as_json: bool) -> None:
         _table(("", "steps", "density", "model ms", "baseline ms", "ratio"), rows)
     size = -(-len(found.steps) // _SHOWN_STEPS)
     groups = [found.steps[i : i + size] for i in range(0, len(found.steps), size)]
-    _table(("step", "density", "of the state", "model ms", "baseline ms", "ratio"), [_steps(g) for g in groups])
+    titles = ("step", "density", "of the state", "model ms", "baseline ms", "ratio", "error")
+    _table(titles, [_steps(g) for g in groups])
     if size > 1:
         _print("of several steps the median; --json shows every step")
     _print(
@@ -324,7 +325,7 @@ def _steps(group: Sequence[StreamStep]) -> tuple[str, ...]:
 
     first, last = group[0].step, group[-1].step
     shares = (f"{text} %" if (text := middle(name, 1, 100.0)) else "" for name in ("density", "state_density"))
-    times = (middle("model_ms", 3), middle("baseline_ms", 3), middle("ratio", 2))
+    times = (middle("model_ms", 3), middle("baseline_ms", 3), middle("ratio", 2), middle("error", 4))
     return str(first) if first == last else f"{first} - {last}", *shares, *times
 
 

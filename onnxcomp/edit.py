@@ -209,6 +209,19 @@ def replace_output(value: ir.Value, replacement: ir.Value) -> None:
             graph.outputs[index] = replacement
 
 
+def hand_over(value: ir.Value, replacement: ir.Value) -> None:
+    """Gives all who read a value a replacement, the graph's outputs included; one of these keeps its name."""
+    is_output, name = value.is_graph_output(), value.name
+    ir.convenience.replace_all_uses_with(value, replacement, replace_graph_outputs=is_output)
+    if is_output:
+        value.name, replacement.name = None, name
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """Graphs that a node holds: the branches of an If, the body of a Loop."""
+    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+
+
 def become(
     node: ir.Node,
     op_type: str,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor, attribute, users
+from onnxcomp.edit import Editor, attribute, hand_over, users
 from onnxcomp.ops import DELTA_OPS, DOMAIN
 from onnxcomp.passes._delta_holds import Holds, Place
 from onnxcomp.passes._delta_shapes import Shapes
@@ -106,17 +106,10 @@ def _replace(holds: Holds, node: ir.Node, cell: ir.Node) -> None:
         axis = holds.editor.weight(f"{node.name}_axis", np.array([0], np.int64))
         steps = editor.after(cell.outputs[0], "Unsqueeze", [cell.outputs[0], axis], name=f"{node.name}_all")
         steps.type, steps.shape = cell.outputs[0].type, ir.Shape([1, *(cell.outputs[0].shape or ())])
-        _hand_over(every, steps)
+        hand_over(every, steps)
     for old, new in zip(node.outputs[1:], cell.outputs, strict=False):
-        _hand_over(old, new)
+        hand_over(old, new)
     graph.remove(node, safe=True)
-
-
-def _hand_over(old: ir.Value, new: ir.Value) -> None:
-    is_output, name = old.is_graph_output(), old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=is_output)
-    if is_output:
-        old.name, new.name = None, name
 
 
 def _value(holds: Holds, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.edit import Editor
+from onnxcomp.edit import Editor, bodies
 from onnxcomp.errors import PassError
 from onnxcomp.state import StateSpec, model_state, write_state
 
@@ -45,7 +45,7 @@ class States:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._owners = {graph: node for node in model.graph.all_nodes() for graph in _graphs(node)}
+        self._owners = {graph: node for node in model.graph.all_nodes() for graph in bodies(node)}
         self._names = Editor(model)
         self.all = model_state(model)
 
@@ -111,7 +111,7 @@ class States:
             if owner.op_type == "Loop":
                 stacked += 1
             else:
-                for branch in _graphs(owner):
+                for branch in bodies(owner):
                     if branch is not inner:
                         branch.outputs.append(self._nothing(branch, value.dtype))
             value = out
@@ -138,7 +138,7 @@ class States:
         out.name = self._names.free(f"{value.name}_of_{owner.op_type}")
         if owner.op_type == "If":
             inner.outputs.append(value)
-            for branch in _graphs(owner):
+            for branch in bodies(owner):
                 if branch is not inner:
                     branch.outputs.append(self._copy(branch, read))
         else:
@@ -163,10 +163,6 @@ class States:
             assert isinstance(owner.graph, ir.Graph)
             graph = owner.graph
         return found
-
-
-def _graphs(node: ir.Node) -> list[ir.Graph]:
-    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
 
 
 def _move_before_scans(loop: ir.Node, place: int) -> ir.Value:

@@ -78,9 +78,7 @@ def compile_model(
     with _scratch(out) as scratch:
         folder = scratch / "artifact"
         folder.mkdir()
-        if LOWERED_DENSE in model.meta:
-            working.meta[LOWERED_DENSE] = model.meta[LOWERED_DENSE]
-        manifest = _build(working, folder, scratch, capabilities, providers)
+        manifest = _build(working, folder, scratch, capabilities, providers, model.meta.get(LOWERED_DENSE))
         _put(folder, out, scratch)
     return _artifact(out, manifest)
 
@@ -132,6 +130,7 @@ def _build(
     scratch: Path,
     capabilities: Capabilities,
     providers: Callable[[ir.Model], Sequence[Provider]],
+    dense: tuple[ir.Model, DenseSteps] | None,
 ) -> Manifest:
     try:
         save(model, folder / MODEL)  # the weights, wherever they lie now, go along
@@ -142,7 +141,8 @@ def _build(
         if rows is not None:
             rows = rows.model_copy(update={"few": few_rows(model, capabilities.break_even)})
             rows = rows if _save_both(model, folder, capabilities, rows.few) else None
-        dense = _save_dense(model, folder)
+        if dense is not None:
+            save(_prepare(dense[0]), folder / DENSE)
     except (GraphError, ValueError) as error:
         raise CompileError(str(error)) from error
     if isinstance(optimized, str):
@@ -160,7 +160,7 @@ def _build(
         outputs=[tensor_entry(s) for s in session.outputs],
         state=[s.model_dump() for s in session.states],
         rows=rows.model_dump() if rows is not None else None,
-        dense=dense.model_dump() if dense is not None else None,
+        dense=dense[1].model_dump() if dense is not None else None,
         providers=[p.model_dump() for p in chosen],
     )
 
@@ -191,15 +191,6 @@ def _optimized(
             reason = f"not audited: {error}"
     plain = session_options(threads=1, domains=model.opset_imports, optimize=False)
     return reason, OrtSession(make_session(path, plain), state)
-
-
-def _save_dense(model: ir.Model, folder: Path) -> DenseSteps | None:
-    """Saves the model for steps in which much changes beside the streaming one, if lowering has left one."""
-    found: tuple[ir.Model, DenseSteps] | None = model.meta.get(LOWERED_DENSE)
-    if found is None:
-        return None
-    save(_prepare(found[0]), folder / DENSE)
-    return found[1]
 
 
 def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities, few: int) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import native
-from onnxcomp.edit import Editor, constant
+from onnxcomp.edit import Editor, constant, hand_over
 from onnxcomp.ops import SPARSITY
 from onnxcomp.target import Array
 from onnxcomp.targets.ort.delta_states import StreamStates
@@ -71,7 +71,7 @@ def lower_cell(model: ir.Model, editor: Editor, states: StreamStates, node: ir.N
     made.metadata_props.update(node.metadata_props)
     model.graph.insert_after(node, made)
     for old, new in zip(node.outputs[:-2], outputs[:-2], strict=True):
-        _hand_over(old, new)
+        hand_over(old, new)
     for last, old, new in zip(lasts, node.outputs[-2:], outputs[-2:], strict=True):
         assert last is not None
         assert last.shape is not None
@@ -102,17 +102,10 @@ def restore_cell(model: ir.Model, node: ir.Node) -> None:
     graph.insert_after(node, cell)
     for old, new in zip(node.outputs[:-2], outputs[1:], strict=True):
         new.type, new.shape = old.type, old.shape
-        _hand_over(old, new)
+        hand_over(old, new)
     for index in range(len(node.inputs)):
         node.replace_input_with(index, None)
     graph.remove(node)
-
-
-def _hand_over(old: ir.Value, new: ir.Value) -> None:
-    is_output, name = old.is_graph_output(), old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=is_output)
-    if is_output:
-        old.name, new.name = None, name
 
 
 def _turned(value: ir.Value) -> Callable[[], Array]:

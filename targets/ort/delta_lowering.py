@@ -43,10 +43,15 @@ class NativeDelta(Pass):
     Convolutions and what lies between them go over to maps whose pixels lie together, with masks of the pixels that
     changed; products and recurrent cells to kernels that read the weights of changed inputs only. All of them update
     state in place. Holds that no kernel makes use of are taken away, with their state: they would only cost time.
+
+    Attributes:
+        kernels: The target has the kernels; else all holds are taken away.
     """
 
     name: ClassVar[str] = "native_delta"
     summary: ClassVar[str] = "Streaming ops to native kernels."
+
+    kernels: bool = True
 
     @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
@@ -55,14 +60,14 @@ class NativeDelta(Pass):
             return []
         edits: list[Edit] = []
         infer_shapes(model)
-        dense = model.clone()
-        strip(dense)
         editor = Editor(model)
         states = StreamStates(model, editor)
-        when: DenseSteps | None = None
-        if native.available():
+        dense: tuple[ir.Model, DenseSteps] | None = None
+        if self.kernels and native.available():
             maps = _map_holds(model, holds)
-            when = _dense_steps(model, maps)
+            if (when := _dense_steps(model, maps)) is not None:
+                dense = model.clone(), when
+                strip(dense[0])
             if maps:
                 edits += _lower_maps(model, editor, states, maps)
             for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
@@ -77,8 +82,8 @@ class NativeDelta(Pass):
         edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
         if any(n.domain == native.DOMAIN and n.op_type.startswith("Delta") for n in model.graph):
             model.opset_imports.setdefault(native.DOMAIN, 1)
-            if when is not None and not model_state(dense):
-                model.meta[DENSE] = dense, when
+            if dense is not None and not model_state(dense[0]):
+                model.meta[DENSE] = dense
         return edits
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from onnxcomp.edit import redirect, users
+from onnxcomp.edit import bodies, redirect, users
 from onnxcomp.ops import DELTA_OPS, DOMAIN
 from onnxcomp.rewrite import IrPassAdapter
 from onnxcomp.state import model_state, write_state
@@ -52,7 +52,7 @@ class _Carried:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._owners = {g: n for n in model.graph.all_nodes() for g in _graphs(n)}
+        self._owners = {g: n for n in model.graph.all_nodes() for g in bodies(n)}
         self._specs = {s.input: s for s in model_state(model)}
 
     def drop(self, value: ir.Value) -> None:
@@ -69,7 +69,7 @@ class _Carried:
         owner = self._owners[graph]
         slot = next(i for i, o in enumerate(graph.outputs) if o is out)
         if owner.op_type == "If":
-            for branch in _graphs(owner):
+            for branch in bodies(owner):
                 del branch.outputs[slot]
         else:
             del graph.outputs[slot]
@@ -133,7 +133,3 @@ def _remove(node: ir.Node) -> None:
     for index in range(len(node.inputs)):
         node.replace_input_with(index, None)
     node.graph.remove(node)
-
-
-def _graphs(node: ir.Node) -> list[ir.Graph]:
-    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]

@@ -18,6 +18,7 @@ from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.ort.capabilities import max_opset
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
+from onnxcomp.targets.ort.delta_lowering import NativeDelta
 from onnxcomp.targets.ort.manifest import MODEL, model_hash, providers_of
 from onnxcomp.targets.ort.plain_nm import PlainNm
 from onnxcomp.targets.ort.profiling import peak_memory, states
@@ -52,7 +53,7 @@ class _OrtGpu(Target):
 
     @override
     def lowering(self) -> Sequence[Pass]:
-        return (PlainNm(),)
+        return (PlainNm(), NativeDelta(kernels=False))
 
     @override
     def require_device(self) -> None:

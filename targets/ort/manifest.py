@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -243,6 +243,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         raise TargetError(f"{folder / MANIFEST} is not valid: rows need {MANY}, and it them; compile the model again")
     if (manifest.dense is not None) != (DENSE in manifest.files):
         raise TargetError(f"{folder / MANIFEST} is not valid: dense needs {DENSE}; compile the model again")
+    maps = {e.name for e in manifest.inputs if e.dtype == "float32" and e.shape is not None and _is_map(e.shape)}
+    if manifest.dense is not None and not manifest.dense.thresholds.keys() <= maps:
+        raise TargetError(f"{folder / MANIFEST} is not valid: dense names what is no map; compile the model again")
     for name in FILES:
         path, entry = folder / name, manifest.files.get(name)
         if entry is None:
@@ -251,3 +254,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise TargetError(f"{path} is missing; compile the model again")
         if path.stat().st_size != entry.bytes or file_hash(path) != entry.sha256:
             raise TargetError(f"{path} was changed or truncated since it was compiled; compile the model again")
+
+
+def _is_map(shape: Sequence[int | str | None]) -> bool:
+    return len(shape) == 4 and all(isinstance(d, int) and d > 0 for d in shape)

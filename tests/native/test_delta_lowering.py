@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from onnx import helper
 from streams import Feeds, branching, cnn, delta, frames, largest, looping, recurrent, stream, walk
 
 from onnxcomp import api, native
+from onnxcomp.errors import TargetError
 from onnxcomp.ops import DELTA_OPS, DOMAIN, SPARSITY
 from onnxcomp.passes.carry import Carry
 from onnxcomp.state import model_state
 from onnxcomp.targets.ort import OrtCpu
 from onnxcomp.targets.ort.delta_strip import strip
+from onnxcomp.targets.ort.gpu import OrtCuda
 from onnxcomp.verbs.resolve import compiled, lowered
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library was not built")
@@ -180,6 +183,16 @@ def test_cells(op_type, tmp_path):
         assert largest(on_target(step, feeds, folder), stream(step, feeds)) < (0.1 if threshold else 1e-4)
 
 
+@pytest.mark.parametrize("make", [cnn, mlp])
+def test_targets_without_kernels_get_the_dense_model(make):
+    dense, feeds = make(), frames(8) if make is cnn else walk(8, (1, 256))
+    step, _ = delta(dense, feeds, threshold=0.5)
+    changed, _ = lowered(step, OrtCuda())
+    assert not natives(changed)
+    assert not model_state(changed)
+    assert largest(stream(changed, feeds), stream(dense, feeds)) < 1e-6
+
+
 def test_small_cells_stay_what_they_were(tmp_path):
     dense = api.rewrite(recurrent("GRU"), None, recipe=[Carry(state={"h": "h_next"})]).model
     feeds = walk(30, (1, 1, 6))
@@ -260,6 +273,18 @@ def test_steps_with_much_change_run_the_dense_model(tmp_path):
     assert largest(outputs[8:15], wanted[8:15]) < 1e-6
     assert largest(outputs, wanted) < 0.05
     assert np.abs(outputs[-1] - outputs[7]).max() < 0.02
+
+
+def test_a_manifest_whose_dense_steps_name_no_map_is_refused(tmp_path):
+    target = OrtCpu()
+    compiled(delta(cnn(), frames(20), threshold=0.01)[0], target, tmp_path / "artifact")
+    manifest = tmp_path / "artifact" / "manifest.json"
+    for name in ("nothing", "Relu_1_out_sent_in"):
+        text = json.loads(manifest.read_text())
+        text["dense"]["thresholds"] = {name: 0.1}
+        manifest.write_text(json.dumps(text))
+        with pytest.raises(TargetError, match="dense names what is no map"):
+            target.open(tmp_path / "artifact")
 
 
 def test_lone_calm_steps_are_soon_waited_out(tmp_path):
