@@ -15,7 +15,7 @@ Snap: TypeAlias = Callable[[slice, Array], Array]
 """Nearest values on the grid of a quantized weight. Called with columns of the weight and what they should hold,
 float64 (N, columns)."""
 
-_ROOM = 1 << 26  # bytes of the systems of equations that are solved at once
+_ROOM = 1 << 25  # bytes of the systems of equations that are solved at once
 
 
 def sparsegpt(
@@ -85,11 +85,15 @@ def least_squares(weight: Array, mask: Array, gram: Array, *, damp: float) -> Ar
     found = np.where(mask, weight, 0.0)
     wanted = (weight - found) @ gram
     stays = np.nonzero(mask)[1].reshape(len(weight), -1)
-    step = max(1, _ROOM // (16 * max(stays.shape[1], 1) ** 2))  # a system and the copy that the solver makes
-    for start in range(0, len(weight), step):
-        part = stays[start : start + step]
-        right = np.take_along_axis(wanted[start : start + step], part, axis=1)
-        change = np.linalg.solve(damped[part[:, :, None], part[:, None, :]], right[..., None])[..., 0]
+    kept = stays.shape[1]
+    together = max(1, min(len(weight), _ROOM // (8 * max(kept, 1) ** 2)))
+    systems = np.empty((together, kept, kept))
+    for start in range(0, len(weight), together):
+        part = stays[start : start + together]
+        for system, row in zip(systems, part, strict=False):  # into the same memory: new pages cost more than the copy
+            damped.take(row, axis=0).take(row, axis=1, out=system, mode="clip")
+        right = np.take_along_axis(wanted[start : start + together], part, axis=1)
+        change = np.linalg.solve(systems[: len(part)], right[..., None])[..., 0]
         rows = np.arange(start, start + len(part))[:, None]
         found[rows, part] += change
     return found
