@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcomp import native
 from onnxcomp.break_even import BreakEven
 from onnxcomp.errors import UnsupportedError
+from onnxcomp.manifest import model_hash
 from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.ort.break_even import store
@@ -20,7 +21,7 @@ from onnxcomp.targets.ort.compile import compile_model, open_artifact
 from onnxcomp.targets.ort.delta_lowering import NativeDelta
 from onnxcomp.targets.ort.dense_steps import DenseSteps, DenseStepsSession
 from onnxcomp.targets.ort.lowering import NativeOps
-from onnxcomp.targets.ort.manifest import DENSE, MANY, MODEL, model_hash
+from onnxcomp.targets.ort.manifest import DENSE, MANY, MODEL
 from onnxcomp.targets.ort.nm_lowering import NativeNm
 from onnxcomp.targets.ort.profiling import node_times, peak_memory, states
 from onnxcomp.targets.ort.rows import Rows, RowsSession

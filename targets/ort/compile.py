@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from onnxcomp.errors import CompileError, DeviceError, GraphError, TargetError
+from onnxcomp.artifacts import new_artifact
+from onnxcomp.errors import CompileError, DeviceError, GraphError
+from onnxcomp.manifest import read_manifest, tensor_entry, versions, write_manifest
 from onnxcomp.model import EXTERNAL_THRESHOLD, infer_shapes, load, name_nodes, save
 from onnxcomp.state import model_state
 from onnxcomp.target import Artifact, Audit, Capabilities
@@ -25,16 +23,12 @@ from onnxcomp.targets.ort.manifest import (
     DATA,
     DENSE,
     FILES,
-    MANIFEST,
     MANY,
     MANY_DATA,
     MODEL,
+    PACKAGES,
     Manifest,
     check_files,
-    read_manifest,
-    tensor_entry,
-    versions,
-    write_manifest,
 )  # fmt: skip
 from onnxcomp.targets.ort.providers import CPU_ONLY, TENSORRT, Provider
 from onnxcomp.targets.ort.rows import few_rows, find_rows, to_many_rows
@@ -67,7 +61,6 @@ def compile_model(
         UnsupportedError: If an op has no kernel.
     """
     out = out.resolve()
-    _check_place(out)
     opset = model.opset_imports.get("", 0)
     if opset > capabilities.max_opset:
         raise CompileError(
@@ -75,11 +68,8 @@ def compile_model(
             "convert the model to that opset, or install a newer onnxruntime"
         )
     working = _prepare(model)
-    with _scratch(out) as scratch:
-        folder = scratch / "artifact"
-        folder.mkdir()
+    with new_artifact(out, FILES) as (folder, scratch):
         manifest = _build(working, folder, scratch, capabilities, providers, model.meta.get(LOWERED_DENSE))
-        _put(folder, out, scratch)
     return _artifact(out, manifest)
 
 
@@ -89,9 +79,9 @@ def open_artifact(path: Path, target: str) -> Artifact:
     Raises:
         TargetError: If it is not an artifact of `target`, or was damaged.
     """
-    manifest = read_manifest(path, target)
+    manifest = read_manifest(Manifest, path, target)
     check_files(path, manifest)
-    compiled, installed = _runtime(manifest.versions), _runtime(versions())
+    compiled, installed = _runtime(manifest.versions), _runtime(versions(PACKAGES))
     if compiled != installed and not manifest.unaudited:
         _log.warning(
             "%s was compiled and audited with onnxruntime %s, but %s is installed; compile it again to know what runs",
@@ -151,8 +141,11 @@ def _build(
         infer_shapes(model)  # after saving: the audit needs shapes, the runtime infers its own
         found = audit(model, optimized)
     return write_manifest(
+        Manifest,
         folder,
         found,
+        files=FILES,
+        packages=PACKAGES,
         target=capabilities.target,
         features=list(capabilities.features),
         opsets=dict(model.opset_imports),
@@ -210,47 +203,3 @@ def _save_both(model: ir.Model, folder: Path, capabilities: Capabilities, few: i
             value.const_value = tensor
     ir.save(many, folder / MANY)
     return True
-
-
-def _check_place(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise CompileError(f"{out.parent} is not a folder; create it first")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise CompileError(f"{out} is a file; an artifact is a folder, give another name")
-    names = {entry.name for entry in out.iterdir()}
-    if not names:
-        return
-    if MANIFEST not in names or names - {MANIFEST, *FILES}:
-        raise CompileError(
-            f"{out} is not empty and not an artifact of onnxcomp, so it is not replaced; give a new or empty folder"
-        )
-
-
-@contextlib.contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    try:
-        scratch = tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise CompileError(f"cannot write to {out.parent}: {error.strerror or error}") from error
-    try:
-        yield Path(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put(folder: Path, out: Path, scratch: Path) -> None:
-    """Moves the finished folder into place; if that fails, what was there is put back."""
-    old = scratch / "old"
-    try:
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(folder, out)
-        except BaseException:
-            if old.exists():
-                os.replace(old, out)
-            raise
-    except OSError as error:
-        raise TargetError(f"cannot move the artifact to {out}: {error.strerror or error}") from error

@@ -13,13 +13,14 @@ from typing import ClassVar
 import onnx_ir as ir
 from typing_extensions import override
 
+from onnxcomp.manifest import model_hash
 from onnxcomp.model import all_nodes, initializers
 from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.ort.capabilities import max_opset
 from onnxcomp.targets.ort.compile import compile_model, open_artifact
 from onnxcomp.targets.ort.delta_lowering import NativeDelta
-from onnxcomp.targets.ort.manifest import MODEL, model_hash, providers_of
+from onnxcomp.targets.ort.manifest import MODEL, providers_of
 from onnxcomp.targets.ort.plain_nm import PlainNm
 from onnxcomp.targets.ort.profiling import peak_memory, states
 from onnxcomp.targets.ort.providers import CPU, CUDA, TENSORRT, Provider

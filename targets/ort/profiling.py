@@ -15,11 +15,12 @@ import numpy as np
 
 from onnxcomp import native
 from onnxcomp.errors import DeviceError, RecipeError
+from onnxcomp.feeds import check_feed
+from onnxcomp.manifest import tensor_specs
 from onnxcomp.state import StateSpec
 from onnxcomp.target import Artifact, Feed, NodeTime
 from onnxcomp.targets.ort import memory
-from onnxcomp.targets.ort.feeds import check_feed
-from onnxcomp.targets.ort.manifest import input_specs, model_file, providers_of
+from onnxcomp.targets.ort.manifest import model_file, providers_of
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.targets.ort.session import OrtSession
 
@@ -101,7 +102,7 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
         DataError: If the feed does not fit.
         DeviceError: If the process fails.
     """
-    check_feed(feed, input_specs(artifact.manifest))
+    check_feed(feed, tensor_specs(artifact.manifest["inputs"]))
     arrays = {**feed, **{s.input: s.zeros() for s in states(artifact)}}
     strings = any(entry["dtype"] == "string" for entry in artifact.manifest["inputs"] + artifact.manifest["outputs"])
     library = native.library_path() if native.DOMAIN in artifact.manifest["opsets"] else None

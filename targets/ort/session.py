@@ -10,10 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.errors import CalibrationError, CompileError, DeviceError
+from onnxcomp.feeds import check_feed, describe
 from onnxcomp.state import StateSpec, check_state, model_state
 from onnxcomp.target import Array, Feed, Session, TensorSpec
 from onnxcomp.targets.ort.carried import Bound, Handed
-from onnxcomp.targets.ort.feeds import check_feed, describe, tensor_spec
+from onnxcomp.targets.ort.feeds import tensor_spec
 from onnxcomp.targets.ort.probe import PLACEHOLDER, build_probe
 from onnxcomp.targets.ort.runtime import clean, make_session, session_options
 
