@@ -1,6 +1,7 @@
 # make demo    install into .venv and run the OCR example: no PyTorch, a few minutes
 # make test    install PyTorch and the tools as well, run the quick tests
 # make slow    run the tests that take long
+# make device-test   run artifacts on an emulated 64-bit ARM (needs qemu-user, g++-aarch64-linux-gnu, a network once)
 # make lint    ruff (rules and format) and the layering contracts
 # make types   mypy
 # make venv    only install, what `make test` does
@@ -35,7 +36,7 @@ WITHOUT_COMPILER = found=; \
 		export ONNXCOMP_NO_NATIVE=1; \
 	fi
 
-.PHONY: help demo test slow lint types venv clean distclean
+.PHONY: help demo test slow device-test lint types venv clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +53,10 @@ test: $(TEST_STAMP)
 slow: $(TEST_STAMP)
 	@echo "==> running the slow tests"
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+device-test: $(TEST_STAMP)
+	@echo "==> running artifacts on an emulated aarch64: outputs only, no timing"
+	$(PY) -m pytest -m slow tests/device $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
 	$(PY) -m ruff check .
@@ -88,7 +93,7 @@ $(TORCH_STAMP): constraints.txt | $(PY)
 
 $(TEST_STAMP): $(INPUTS) $(TORCH_STAMP) | $(PY)
 	@echo "==> installing onnxcomp with the test tools"
-	@$(WITHOUT_COMPILER); $(PIP) install -c constraints.txt -e '.[test]'
+	@$(WITHOUT_COMPILER); $(PIP) install -c constraints.txt -e '.[test,tvm]'
 	@touch $@
 
 clean:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from onnxcomp.device import DeviceFacts, DeviceProfile, DeviceSpec
 from onnxcomp.stream_profile import StreamProfile
 from onnxcomp.verbs.compression import compress
+from onnxcomp.verbs.devices import (
+    add_device,
+    check_device,
+    list_device_kinds,
+    list_devices,
+    remove_device,
+    run_on,
+)
 from onnxcomp.verbs.inspection import doctor, inspect, list_ops, list_passes, list_recipes, list_targets
 from onnxcomp.verbs.legalization import legalize
 from onnxcomp.verbs.measuring import calibrate_target, compare, profile
@@ -24,6 +33,9 @@ from onnxcomp.verbs.sparsity_page import write_sparsity_page
 from onnxcomp.verbs.streaming import profile_stream, write_stream_page
 
 __all__ = [
+    "DeviceFacts",
+    "DeviceProfile",
+    "DeviceSpec",
     "Inspection",
     "LayerSensitivity",
     "Legalization",
@@ -36,7 +48,9 @@ __all__ = [
     "Shapes",
     "SparsityProfile",
     "StreamProfile",
+    "add_device",
     "calibrate_target",
+    "check_device",
     "compare",
     "compile",
     "compress",
@@ -44,6 +58,8 @@ __all__ = [
     "export",
     "inspect",
     "legalize",
+    "list_device_kinds",
+    "list_devices",
     "list_ops",
     "list_passes",
     "list_recipes",
@@ -51,7 +67,9 @@ __all__ = [
     "perplexity",
     "profile",
     "profile_stream",
+    "remove_device",
     "rewrite",
+    "run_on",
     "sensitivity",
     "sparsity",
     "write_sparsity_page",

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from onnxcomp import __version__, cli_figures, cli_render
+from onnxcomp import __version__, cli_devices, cli_figures, cli_render
 from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
     Calibrate,
@@ -211,6 +211,9 @@ def compress(
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
     if report.fidelity is not None:
         gate.hold(report.fidelity)
+
+
+app.add_typer(cli_devices.app)
 
 
 @app.command("list")

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from onnxcomp import cli_render
+from onnxcomp import cli_devices, cli_render
 from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
     CalibrationData,
     Compared,
     DataSource,
+    DeviceName,
     Feeds,
     Inputs,
     Json,
@@ -156,6 +157,7 @@ def profile(
     stream: Stream = False,
     samples: SomeSamples = None,
     plot: StreamPage = None,
+    device: DeviceName = None,
     timing: Timing,
     seed: Seed = 0,
     inputs: Inputs = None,
@@ -169,6 +171,15 @@ def profile(
         raise RecipeError("--plot and --samples are for a stream; give --stream as well")
     if plot is not None:
         check_page(plot)
+    if device is not None:
+        if stream or baseline is not None:
+            raise RecipeError("--stream and --baseline are for this machine; a device runs one model on one feed")
+        with working(as_json):
+            measured = api.profile(
+                model, device=device, target=target, data=data, **timing.keywords(), seed=seed, shapes=shapes(inputs)
+            )
+        cli_devices.device_profile(measured, as_json)
+        return
     if stream:
         with working(as_json) as progress:
             found = api.profile_stream(

@@ -29,6 +29,7 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe, .toml file, or auto, which goes by the kind of model.")
 ]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Target; see 'onnxcomp list targets'.")]
+DeviceName = Annotated[str | None, typer.Option("--device", help="Run there; see 'onnxcomp devices'.")]
 DataSource = Annotated[
     str | None,
     typer.Option("--data", "-d", help=".npz, folder of .npz/.npy, test_data_set_*, module:function, or 'random'."),

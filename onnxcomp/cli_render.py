@@ -88,7 +88,7 @@ def show(value: Any, as_json: bool) -> None:
         _json(value)
         return
     for name, item in vars(value).items():
-        _print(f"{name}: {item}")
+        say(f"{name}: {item}")
 
 
 def names(found: Mapping[str, str], as_json: bool) -> None:
@@ -96,7 +96,7 @@ def names(found: Mapping[str, str], as_json: bool) -> None:
     if as_json:
         _json(found)
     else:
-        _table(("name", "what it is"), list(found.items()))
+        table(("name", "what it is"), list(found.items()))
 
 
 def checks(found: Sequence[Diagnosis], as_json: bool) -> None:
@@ -104,7 +104,7 @@ def checks(found: Sequence[Diagnosis], as_json: bool) -> None:
     if as_json:
         _json(found)
     else:
-        _table(("", "state", "found", "to fix"), [(c.name, c.state, c.value, c.fix) for c in found])
+        table(("", "state", "found", "to fix"), [(c.name, c.state, c.value, c.fix) for c in found])
 
 
 def inspection(found: Inspection, as_json: bool) -> None:
@@ -127,12 +127,12 @@ def inspection(found: Inspection, as_json: bool) -> None:
         ("multiply-accumulates", f"{size.macs:,}" if size.macs else "unknown; fix shapes with --input"),
         ("ops", ", ".join(f"{k} {v}" for k, v in size.ops.items())),
     ]
-    _table(("", ""), rows)
+    table(("", ""), rows)
     if found.patterns:
         _patterns(found.patterns)
     if found.selected is not None:
-        _table(("node", "op", "module"), list(found.selected))
-        _print(f"{len(found.selected)} of {size.nodes} nodes selected")
+        table(("node", "op", "module"), list(found.selected))
+        say(f"{len(found.selected)} of {size.nodes} nodes selected")
 
 
 def _patterns(found: Sequence[PatternUse]) -> None:
@@ -147,9 +147,9 @@ def _patterns(found: Sequence[PatternUse]) -> None:
         )
         for use in found
     ]
-    _table(("zeros", "weights", "stored", "packed", "packed as int8"), rows)
+    table(("zeros", "weights", "stored", "packed", "packed as int8"), rows)
     if any(use.kind == "convolution" for use in found):
-        _print("the pass nm_pack packs matrices; nothing packs convolutions")
+        say("the pass nm_pack packs matrices; nothing packs convolutions")
 
 
 def rewrite_result(result: RewriteResult, as_json: bool) -> None:
@@ -158,7 +158,7 @@ def rewrite_result(result: RewriteResult, as_json: bool) -> None:
         _json({name: value for name, value in vars(result).items() if name != "model"})
         return
     _passes(result.passes)
-    _print(f"wrote {result.path}" if result.path else "dry run: nothing was written")
+    say(f"wrote {result.path}" if result.path else "dry run: nothing was written")
 
 
 def legalization(found: Legalization, as_json: bool) -> None:
@@ -166,37 +166,37 @@ def legalization(found: Legalization, as_json: bool) -> None:
     audits = {"before": found.before, "after": found.after}
     if as_json:
         shares = {name: {"integer_mac_share": audit.integer_mac_share} for name, audit in audits.items()}
-        table = {name: value for name, value in vars(found).items() if name != "model"}
-        _json({**table, **{k: {**vars(audits[k]), **v} for k, v in shares.items()}, "accepted": found.accepted})
+        shown = {name: value for name, value in vars(found).items() if name != "model"}
+        _json({**shown, **{k: {**vars(audits[k]), **v} for k, v in shares.items()}, "accepted": found.accepted})
         return
     _passes(found.passes)
     for name, audit in audits.items():
         if audit.note:
-            _print(f"{name}: {audit.note}")
+            say(f"{name}: {audit.note}")
             continue
         share = f"{audit.integer_mac_share:.1%}" if any(row.macs for row in audit.rows) else "an unknown share"
-        _print(
+        say(
             f"{name}: {sum(row.integer for row in audit.rows)} of {len(audit.rows)} linear nodes run on integers on "
             f"{found.target}, {share} of MACs; {len(audit.fallbacks)} are quantized and run in float"
         )
         if audit.fallbacks:
-            _table(("node", "op", "why in float"), [(r.node, r.op_type, r.reason) for r in audit.fallbacks])
+            table(("node", "op", "why in float"), [(r.node, r.op_type, r.reason) for r in audit.fallbacks])
     _ratio("after / before", found.ratio)
     if found.refused_sqnr is not None:
         text = f"SQNR was {found.refused_sqnr:.1f} dB to the original otherwise, which a lower --min-sqnr takes"
-        _print(f"every integer was kept, as with --exact: {text}")
+        say(f"every integer was kept, as with --exact: {text}")
     if found.runtime.worst_sqnr < found.min_sqnr:
-        _print(
+        say(
             f"before: the runtime's optimizer changes this model's outputs: SQNR {found.runtime.worst_sqnr:.1f} dB on "
             f"{found.target} to what the file says"
         )
     same = found.fidelity
-    _print(f"outputs: SQNR {same.worst_sqnr:.1f} dB to the original ({same.samples} samples of {same.data})")
+    say(f"outputs: SQNR {same.worst_sqnr:.1f} dB to the original ({same.samples} samples of {same.data})")
     if found.to_reference:
         before, after = (found.to_reference[name].worst_sqnr for name in ("before", "after"))
-        _print(f"outputs: SQNR {before:.1f} dB before and {after:.1f} dB after, to {found.reference}")
+        say(f"outputs: SQNR {before:.1f} dB before and {after:.1f} dB after, to {found.reference}")
     if found.accepted:
-        _print(f"wrote {found.path}" if found.path else "dry run: nothing was written")
+        say(f"wrote {found.path}" if found.path else "dry run: nothing was written")
 
 
 def not_legalized(found: Legalization) -> str:
@@ -211,15 +211,15 @@ def not_legalized(found: Legalization) -> str:
 def _passes(reports: Sequence[PassReport]) -> None:
     for step in reports:
         refused = [e for e in step.edits if e.action == "refused"]
-        _print(f"{step.name}: {step.applied} applied, {len(refused)} refused, {step.seconds:.1f} s")
+        say(f"{step.name}: {step.applied} applied, {len(refused)} refused, {step.seconds:.1f} s")
         if step.edits:
-            _table(("", "node", "op", "what"), [(e.action, e.node, e.op_type, e.detail) for e in step.edits])
+            table(("", "node", "op", "what"), [(e.action, e.node, e.op_type, e.detail) for e in step.edits])
 
 
 def _ratio(what: str, found: Ratio | None) -> None:
     if found:
         interval = f"{found.confidence:.0%} interval {found.low:.3f}-{found.high:.3f}"
-        _print(f"{what}: {found.median:.3f} ({interval}, {found.rounds} rounds)")
+        say(f"{what}: {found.median:.3f} ({interval}, {found.rounds} rounds)")
 
 
 def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
@@ -233,8 +233,8 @@ def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
         key = (entry.op, entry.weights, entry.dense, f"{entry.inputs}x{entry.outputs}")
         lines.setdefault(key, {})[entry.rows] = "never" if entry.sparsity >= 1 else f"{entry.sparsity:.0%}"
     header = ("op", "weights", "against", "shape", *(f"{r} row{'s' * (r > 1)}" for r in rows))
-    _table(header, [(*key, *(cells.get(r, "") for r in rows)) for key, cells in lines.items()])
-    _print("faster than dense from these shares of dropped inputs (nm_matmul: zero weights) on; kept for this machine")
+    table(header, [(*key, *(cells.get(r, "") for r in rows)) for key, cells in lines.items()])
+    say("faster than dense from these shares of dropped inputs (nm_matmul: zero weights) on; kept for this machine")
 
 
 def artifact(found: Artifact, as_json: bool) -> None:
@@ -244,13 +244,13 @@ def artifact(found: Artifact, as_json: bool) -> None:
         return
     rows = found.audit.rows
     if found.audit.note:
-        _print(f"{found.audit.note}; artifact in {found.path}")
+        say(f"{found.audit.note}; artifact in {found.path}")
         return
-    _table(
+    table(
         ("node", "op", "executed as", "MACs", "note"),
         [(r.node, r.op_type, r.executed_as or "?", f"{r.macs:,}", r.reason) for r in rows],
     )
-    _print(f"{found.audit.integer_mac_share:.1%} of MACs run on integers; artifact in {found.path}")
+    say(f"{found.audit.integer_mac_share:.1%} of MACs run on integers; artifact in {found.path}")
 
 
 def profile(found: Profile, as_json: bool) -> None:
@@ -258,7 +258,7 @@ def profile(found: Profile, as_json: bool) -> None:
     if as_json:
         _json(found)
         return
-    _table(
+    table(
         ("", "p50 ms", "p90 ms", "p99 ms", "CPU p50 ms", "runs"),
         [
             (k, f"{v.p50:.3f}", f"{v.p90:.3f}", f"{v.p99:.3f}", f"{v.cpu_p50:.3f}", str(v.samples))
@@ -266,11 +266,11 @@ def profile(found: Profile, as_json: bool) -> None:
         ],
     )
     _ratio("model / baseline", found.ratio)
-    _print(f"peak memory {_size(found.peak_memory)}; {found.threads} thread(s) on {found.target}")
+    say(f"peak memory {_size(found.peak_memory)}; {found.threads} thread(s) on {found.target}")
     if found.carries_state:
-        _print("the model carries state: one feed over and over is no stream; give a sequence with --stream")
+        say("the model carries state: one feed over and over is no stream; give a sequence with --stream")
     slowest = sorted(found.node_times, key=lambda n: -n.microseconds)[:10]
-    _table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])
+    table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])
 
 
 def stream_profile(found: StreamProfile, as_json: bool) -> None:
@@ -279,7 +279,7 @@ def stream_profile(found: StreamProfile, as_json: bool) -> None:
         _json({**vars(found), "verdict": found.verdict})
         return
     sides = {"model": found.model, **({"baseline": found.baseline} if found.baseline else {})}
-    _table(
+    table(
         ("", "p50 ms", "p90 ms", "ms a pass", "CPU ms a pass"),
         [
             (k, f"{v.p50:.3f}", f"{v.p90:.3f}", f"{v.passes.p50:.3f}", f"{v.passes.cpu_p50:.3f}")
@@ -300,19 +300,19 @@ def stream_profile(found: StreamProfile, as_json: bool) -> None:
         if v
     ]
     if rows:
-        _table(("", "steps", "density", "model ms", "baseline ms", "ratio"), rows)
+        table(("", "steps", "density", "model ms", "baseline ms", "ratio"), rows)
     size = -(-len(found.steps) // _SHOWN_STEPS)
     groups = [found.steps[i : i + size] for i in range(0, len(found.steps), size)]
     titles = ("step", "density", "of the state", "model ms", "baseline ms", "ratio", "error")
-    _table(titles, [_steps(g) for g in groups])
+    table(titles, [_steps(g) for g in groups])
     if size > 1:
-        _print("of several steps the median; --json shows every step")
-    _print(
+        say("of several steps the median; --json shows every step")
+    say(
         f"{len(found.steps)} steps of {found.data}, {found.model.passes.samples} passes, mean density "
         f"{found.density:.1%}; {found.threads} thread(s) on {found.target}"
     )
     if found.verdict:
-        _print(found.verdict)
+        say(found.verdict)
 
 
 def _steps(group: Sequence[StreamStep]) -> tuple[str, ...]:
@@ -338,7 +338,7 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
     if as_json:
         _json(found)
         return
-    _table(
+    table(
         ("output", "SQNR dB", "cosine", "max error", "top-1 agreement", "KL"),
         [
             (o.name, f"{o.sqnr:.2f}", f"{o.cosine:.6f}", f"{o.max_error:.3g}", _optional(o.top1), _optional(o.kl))
@@ -346,11 +346,11 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
         ],
     )
     for name, value in found.metric.items():
-        _print(f"{name}: {found.reference_metric[name]:.4f} -> {value:.4f}")
+        say(f"{name}: {found.reference_metric[name]:.4f} -> {value:.4f}")
     worst = sorted(found.layers, key=lambda layer: layer.sqnr)[:10]
     if worst:
-        _table(("worst layers", "op", "SQNR dB"), [(w.node, w.op_type, f"{w.sqnr:.1f}") for w in worst])
-    _print(f"{found.samples} samples of {found.data}")
+        table(("worst layers", "op", "SQNR dB"), [(w.node, w.op_type, f"{w.sqnr:.1f}") for w in worst])
+    say(f"{found.samples} samples of {found.data}")
 
 
 def sensitivity(found: Impact, as_json: bool) -> None:
@@ -360,11 +360,11 @@ def sensitivity(found: Impact, as_json: bool) -> None:
         return
     titles = ("SQNR dB", "by Jacobian", "top-1 moved", "us float", "us integer")
     if found.groups:
-        _table(("block alone", "ops", *titles), [(x.name, f"{x.layers}", *_impact(x)) for x in found.groups])
-        _print("")
+        table(("block alone", "ops", *titles), [(x.name, f"{x.layers}", *_impact(x)) for x in found.groups])
+        say("")
     rows = [(x.node, x.op_type, *_impact(x)) for x in found.layers]
-    _table(("quantized alone", "op", *titles), rows)
-    _print(
+    table(("quantized alone", "op", *titles), rows)
+    say(
         f"all {len(rows)} together: SQNR {found.sqnr:.1f} dB, top-1 moved in {found.flips:.0%} of "
         f"{found.samples} samples ({found.target})"
     )
@@ -380,15 +380,15 @@ def sparsity(found: SparsityProfile, as_json: bool) -> None:
         for x in found.layers
     ]
     left = f"left at CETT {found.cett:g}"
-    _table(("block", "activation", "neurons", "dead", "not zero", "P5 - P95", left, "P5 - P95"), rows)
+    table(("block", "activation", "neurons", "dead", "not zero", "P5 - P95", left, "P5 - P95"), rows)
     if found.perplexity:
         points = [(f"{p.cett:.3f}", f"{p.sparsity:.1%}", f"{p.perplexity:.3f}") for p in found.perplexity]
-        _table(("CETT", "dropped", "perplexity"), points)
+        table(("CETT", "dropped", "perplexity"), points)
     if found.one_percent is not None:
-        _print(f"1 % more perplexity: {found.one_percent:.1%} of the neurons dropped")
+        say(f"1 % more perplexity: {found.one_percent:.1%} of the neurons dropped")
     for line in found.advice:
-        _print(f"- {line}")
-    _print(f"{found.tokens} tokens in {found.samples} samples")
+        say(f"- {line}")
+    say(f"{found.tokens} tokens in {found.samples} samples")
 
 
 def perplexity(found: Perplexity, as_json: bool) -> None:
@@ -396,12 +396,12 @@ def perplexity(found: Perplexity, as_json: bool) -> None:
     if as_json:
         _json({**vars(found), "rise": found.rise})
         return
-    _print(
+    say(
         f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, window {found.window}, stride {found.stride}, "
         f"{found.target})"
     )
     if found.rise is not None:
-        _print(f"baseline {found.baseline:.4f}: {found.rise:+.2%}")
+        say(f"baseline {found.baseline:.4f}: {found.rise:+.2%}")
 
 
 def _spread(density: Density) -> tuple[str, str]:
@@ -421,14 +421,16 @@ def _optional(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*titles, box=None, pad_edge=False, show_header=any(titles))
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; without titles there is no line for them."""
+    shown = Table(*titles, box=None, pad_edge=False, show_header=any(titles))
     for row in rows:
-        table.add_row(*(Text(_printable(str(cell)), overflow="fold") for cell in row))
-    _console().print(table)
+        shown.add_row(*(Text(_printable(str(cell)), overflow="fold") for cell in row))
+    _console().print(shown)
 
 
-def _print(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line."""
     _console().print(Text(_printable(text)), soft_wrap=True)
 
 

@@ -34,6 +34,8 @@ _OPTIONAL = {
     "apache-tvm": "pip install 'onnxcomp[tvm]'",
 }
 
+_FFI, _FFI_SERIES = "apache-tvm-ffi", "0.1.14."
+
 
 def environment() -> dict[str, str]:
     """Versions and machine, for reports."""
@@ -53,6 +55,7 @@ def diagnose() -> list[Diagnosis]:
         checks.append(
             Diagnosis(name=name, state="ok" if version else "missing", value=version, fix="" if version else fix)
         )
+    checks += _tvm_ffi()
     compiler = next((path for c in ("c++", "g++", "clang++") if (path := shutil.which(c))), "")
     checks.append(
         Diagnosis(
@@ -88,6 +91,16 @@ def _runtime() -> Diagnosis:
         return Diagnosis(name="ONNX Runtime", state="broken", value=value, fix=fix)
     fix = "" if found else "pip install onnxruntime"
     return Diagnosis(name="ONNX Runtime", state="ok" if found else "broken", value=value, fix=fix)
+
+
+def _tvm_ffi() -> list[Diagnosis]:
+    """Whether TVM's other half is of the version that it works with; pip chooses a newer one by itself."""
+    version = _version(_FFI)
+    if not _version("apache-tvm"):
+        return []
+    good = version.startswith(_FFI_SERIES)
+    fix = "" if good else f"pip install '{_FFI}=={_FFI_SERIES}*': TVM crashes with newer ones"
+    return [Diagnosis(name=_FFI, state="ok" if good else "broken", value=version, fix=fix)]
 
 
 def _machine() -> list[Diagnosis]:

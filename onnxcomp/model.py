@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
@@ -22,8 +20,6 @@ from onnxcomp.errors import GraphError
 from onnxcomp.macs import count_macs
 from onnxcomp.sanity import make_sane
 from onnxcomp.skeleton import merge_types, release, skeleton
-from onnxcomp.state import model_state
-from onnxcomp.target import TensorSpec
 
 EXTERNAL_THRESHOLD = 1_500_000_000
 """Models whose weights exceed this many bytes are saved with external data; protobuf ends at 2 GiB."""
@@ -239,7 +235,7 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, tuple[int, ...]]) -> None:
             if len(value.shape) != len(shape):
                 raise GraphError(f"input {name!r} has {len(value.shape)} dimensions, not {len(shape)}")
             for axis, (old, new) in enumerate(zip(value.shape, shape, strict=True)):
-                if isinstance(_size(old), int) and old != new:
+                if isinstance(old, int) and 0 <= old != new:
                     raise GraphError(f"input {name!r} has a fixed dimension {old} on axis {axis}, not {new}")
         value.shape = ir.Shape(shape)
     for value in _inner_values(model.graph):
@@ -367,35 +363,3 @@ def root_cause(error: BaseException) -> BaseException:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _numpy_dtype(value: ir.Value) -> np.dtype[Any]:
-    try:
-        return np.dtype(np.float32 if value.dtype is None else value.dtype.numpy())
-    except TypeError:
-        raise GraphError(f"input {value.name!r} has the element type {value.dtype}, which no array has") from None
-
-
-def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """Inputs that a feed has to give: graph inputs without a default and without streaming state.
-
-    Raises:
-        GraphError: If an input has a type that no array has, or the state is malformed.
-    """
-    state = {s.input for s in model_state(model)}
-    return tuple(
-        TensorSpec(
-            name=value.name or "",
-            dtype=_numpy_dtype(value),
-            shape=None if value.shape is None else tuple(_size(d) for d in value.shape),
-        )
-        for value in model.graph.inputs
-        if not value.is_initializer() and value.name not in state
-    )
-
-
-def _size(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Size of a dimension; its name or None if it is open, as is -1 to some exporters."""
-    if isinstance(dim, int):
-        return dim if dim >= 0 else None
-    return dim.value

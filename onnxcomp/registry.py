@@ -1,4 +1,4 @@
-"""Finds passes and targets through entry points; the built-in ones are registered as a third party's would be."""
+"""Finds passes, targets and devices through entry points; built-in ones are registered as a third party's would be."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import difflib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
+from onnxcomp.device import Device
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.rewrite import Pass
 from onnxcomp.target import Target
 
 PASSES = "onnxcomp.passes"
 TARGETS = "onnxcomp.targets"
+DEVICES = "onnxcomp.devices"
 
 
 def names(group: str) -> list[str]:
@@ -35,6 +37,15 @@ def load_target(name: str) -> type[Target]:
         RecipeError: If there is none, it is registered twice, or it is not a `Target`.
     """
     return _load(TARGETS, name, "target", Target)
+
+
+def load_device(kind: str) -> type[Device]:
+    """The device class registered as `kind`.
+
+    Raises:
+        RecipeError: If there is none, it is registered twice, or it is not a `Device`.
+    """
+    return _load(DEVICES, kind, "kind of device", Device)
 
 
 def _load(group: str, name: str, what: str, base: type) -> type:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.break_even import BreakEven
-from onnxcomp.errors import DataError, UnsupportedError
+from onnxcomp.errors import DataError, RecipeError, UnsupportedError
 
 if TYPE_CHECKING:
     import os
@@ -264,6 +264,22 @@ class Target(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """Says what the target can run on this machine."""
+
+    @classmethod
+    def boards(cls) -> Mapping[str, str]:
+        """Names of boards that models can be compiled for, with what they are; empty where there is no choice."""
+        return {}
+
+    def on(self, board: str) -> Target:
+        """The same target for another board.
+
+        Args:
+            board: One of `boards`, or the path of a file that describes one.
+
+        Raises:
+            RecipeError: If there is no such board.
+        """
+        raise RecipeError(f"target {self.name!r} has no boards to choose from; write it without {board!r}")
 
     def require_device(self) -> None:
         """Fails where models can be compiled for the target but not run, so that long work does not begin in vain.

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp import model as model_module
 from onnxcomp.errors import GraphError
-from onnxcomp.model import check_graph, fix_shapes, infer_shapes, input_specs, load, model_size, name_nodes, save
+from onnxcomp.model import check_graph, fix_shapes, infer_shapes, load, model_size, name_nodes, save
+from onnxcomp.specs import input_specs
 
 
 def files(folder):

@@ -80,7 +80,11 @@ def _assert_complete(names: list[str]) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in names
     unwanted = (".cpp", ".h", ".map", ".pyc", "CMakeLists.txt")
-    assert not [n for n in names if n.endswith(unwanted)]
+    runner = "onnxcomp/targets/tvm/runner/"
+    assert not [n for n in names if n.endswith(unwanted) and not n.startswith(runner)]
+    sources = [p for p in (ROOT / "targets/tvm/runner").iterdir() if p.is_file()]
+    assert {runner + p.name for p in sources} <= set(names)
+    assert {f"onnxcomp/targets/tvm/boards/{p.name}" for p in (ROOT / "targets/tvm/boards").glob("*.toml")} <= set(names)
 
 
 def test_pure_wheel(pure_wheel: Path) -> None:

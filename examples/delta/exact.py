@@ -22,10 +22,10 @@ from PIL import Image
 from examples.delta.clips import FIXED, clip, feeds, pictures
 from examples.delta.speech import silero, speech
 from onnxcomp import api
-from onnxcomp.model import input_specs
 from onnxcomp.passes.carry import Carry
 from onnxcomp.passes.cleanup import Cleanup
 from onnxcomp.passes.delta import Delta
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Feed
 from onnxcomp.targets.ort import OrtCpu, reference_runner
 from onnxcomp.verbs.resolve import compiled

@@ -20,7 +20,7 @@ def wikitext() -> Path:
 
 
 class Decoder:
-    """An ONNX decoder in onnxruntime with its cache.
+    """An ONNX decoder in onnxruntime with its cache, which `cache` holds by input name.
 
     Args:
         path: The model.
@@ -36,13 +36,13 @@ class Decoder:
 
     def reset(self) -> None:
         """Forgets what was run before."""
-        self._cache = dict(self._empty)
+        self.cache = dict(self._empty)
 
     def run(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits [T, vocabulary] behind each of `tokens`, which follow on those run before."""
         ids = np.asarray(tokens, np.int64)[None]
-        logits, *present = self._session.run(self._outputs, {"input_ids": ids, **self._cache})
-        self._cache = dict(zip(self._cache, present, strict=True))
+        logits, *present = self._session.run(self._outputs, {"input_ids": ids, **self.cache})
+        self.cache = dict(zip(self.cache, present, strict=True))
         return np.asarray(logits[0])
 
     def greedy(self, prompt: Sequence[int], end: int, most: int = 100) -> Iterator[int]:

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnxcomp.compare import Fidelity, Run, compare
 from onnxcomp.data import Data
 from onnxcomp.errors import GraphError
-from onnxcomp.model import input_specs
 from onnxcomp.rewrite import Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Array, Feed, Session
 from onnxcomp.unrounded import unrounded
 

@@ -15,11 +15,12 @@ from onnxcomp.compare import Metric
 from onnxcomp.data import Data, Source, load_data
 from onnxcomp.doctor import environment
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.model import input_specs, load, save
+from onnxcomp.model import load, save
 from onnxcomp.passes.mixed import Mixed
 from onnxcomp.profile import ratio
 from onnxcomp.recipe import AUTO, Recipe
 from onnxcomp.rewrite import Check, Pass, Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Capabilities, Feed
 from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.figures import check_drop, fidelity_of, figures, time_sessions

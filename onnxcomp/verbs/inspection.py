@@ -6,11 +6,12 @@ import onnx_ir as ir
 
 from onnxcomp.doctor import Diagnosis, diagnose
 from onnxcomp.kind import classify
-from onnxcomp.model import all_nodes, input_specs, model_size
+from onnxcomp.model import all_nodes, model_size
 from onnxcomp.opset import opset
 from onnxcomp.recipe import builtin_recipes, load_recipe
 from onnxcomp.registry import PASSES, TARGETS, load_pass, load_target, names
 from onnxcomp.select import Select, module_paths
+from onnxcomp.specs import input_specs
 from onnxcomp.verbs.patterns import find_patterns
 from onnxcomp.verbs.resolve import ModelLike, Shapes, file_bytes, load_model
 from onnxcomp.verbs.results import Inspection

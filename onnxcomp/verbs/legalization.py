@@ -14,10 +14,11 @@ import onnx_ir as ir
 
 from onnxcomp.data import Data, Source, load_data
 from onnxcomp.errors import DataError
-from onnxcomp.model import input_specs, load, save
+from onnxcomp.model import load, save
 from onnxcomp.profile import ratio
 from onnxcomp.registry import load_pass
 from onnxcomp.rewrite import Check, Pass, Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.verbs.closeness import closeness_to_reference, fidelity_to
 from onnxcomp.verbs.figures import audited, time_sessions
 from onnxcomp.verbs.resolve import ModelLike, Shapes, compiled, load_model, make_target, pipeline_of

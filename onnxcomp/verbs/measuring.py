@@ -5,16 +5,19 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 from onnxcomp.break_even import BreakEven
 from onnxcomp.compare import Fidelity, Metric, compare_layers
 from onnxcomp.compare import compare as compare_outputs
 from onnxcomp.data import Source, load_data
-from onnxcomp.errors import GraphError
-from onnxcomp.model import input_specs
+from onnxcomp.device import Device, DeviceProfile
+from onnxcomp.errors import GraphError, RecipeError
 from onnxcomp.passes._dense import find_dense
 from onnxcomp.profile import ratio
 from onnxcomp.rewrite import Progress
+from onnxcomp.specs import input_specs
+from onnxcomp.verbs.devices import profile_on
 from onnxcomp.verbs.figures import LAYER_SAMPLES, check_drop, time_sessions
 from onnxcomp.verbs.resolve import (
     ModelLike,
@@ -29,10 +32,41 @@ from onnxcomp.verbs.resolve import (
 from onnxcomp.verbs.results import Profile
 
 
+@overload
+def profile(
+    model: ModelLike,
+    baseline: ModelLike | None = ...,
+    *,
+    device: None = ...,
+    target: str = ...,
+    data: Source = ...,
+    threads: int = ...,
+    repeat: int = ...,
+    seconds: float | None = ...,
+    seed: int = ...,
+    shapes: Shapes | None = ...,
+    progress: Progress | None = ...,
+) -> Profile: ...
+@overload
+def profile(
+    model: ModelLike,
+    baseline: None = ...,
+    *,
+    device: str | Device,
+    target: str = ...,
+    data: Source = ...,
+    threads: int = ...,
+    repeat: int = ...,
+    seconds: float | None = ...,
+    seed: int = ...,
+    shapes: Shapes | None = ...,
+    progress: Progress | None = ...,
+) -> DeviceProfile: ...
 def profile(
     model: ModelLike,
     baseline: ModelLike | None = None,
     *,
+    device: str | Device | None = None,
     target: str = "ort-cpu",
     data: Source = "random",
     threads: int = 1,
@@ -41,12 +75,13 @@ def profile(
     seed: int = 0,
     shapes: Shapes | None = None,
     progress: Progress | None = None,
-) -> Profile:
+) -> Profile | DeviceProfile:
     """Measures a model, or the folder of an artifact, on a target; with a baseline both interleaved in one process.
 
     Args:
         model: `.onnx` file, artifact folder, or model.
-        baseline: What to compare with.
+        baseline: What to compare with; not on a device.
+        device: Where to run; by default in this process.
         target: Name of the target.
         data: The first feed is run.
         threads: Threads a run.
@@ -56,6 +91,13 @@ def profile(
         shapes: Fixes dynamic input shapes.
         progress: Told about every round.
     """
+    if device is not None:
+        if baseline is not None:
+            raise RecipeError("a device measures one model at a time; profile the baseline by itself")
+        return profile_on(
+            device, model, target=target, data=data, threads=threads, repeat=repeat, seconds=seconds, seed=seed,
+            shapes=shapes,
+        )  # fmt: skip
     chosen = make_target(target)
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         artifacts = {"model": artifact_of(model, chosen, Path(folder, "model"), shapes)}

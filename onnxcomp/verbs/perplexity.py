@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp.errors import DataError
-from onnxcomp.model import input_specs
 from onnxcomp.rewrite import Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Array, Feed
 from onnxcomp.verbs.resolve import ModelLike, Shapes, compiled, load_model, make_target
 from onnxcomp.verbs.tokens import TokenInput, TokenSource, load_tokens, log_likelihoods, token_input, windows

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from onnxcomp.compare import Metric, Run
 from onnxcomp.data import Data, Source, load_data, load_function
 from onnxcomp.errors import DataError, OnnxcompError, RecipeError
-from onnxcomp.model import fix_shapes, initializers, input_specs, load, model_size
+from onnxcomp.model import fix_shapes, initializers, load, model_size
 from onnxcomp.recipe import Recipe, load_recipe
 from onnxcomp.registry import load_target
 from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Artifact, Feed, Target
 
 if TYPE_CHECKING:
@@ -91,12 +92,14 @@ def as_metric(metric: str | Metric | None) -> Metric | None:
 
 
 def make_target(name: str) -> Target:
-    """The target registered as `name`.
+    """The target registered as `name`, or as what is before a colon in it, for the board that is named behind it.
 
     Raises:
         RecipeError: If there is none.
     """
-    return load_target(name)()
+    registered, _, board = name.partition(":")
+    target = load_target(registered)()
+    return target.on(board) if board else target
 
 
 def pipeline_of(passes: Sequence[Pass], target: Target, check: Check, seed: int, threads: int = 1) -> Pipeline:

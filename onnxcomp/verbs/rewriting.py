@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from onnxcomp.data import Source, load_data
-from onnxcomp.model import has_external, input_specs, load, model_size, save
+from onnxcomp.model import has_external, load, model_size, save
 from onnxcomp.recipe import AUTO
 from onnxcomp.rewrite import Check, Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.target import Artifact
 from onnxcomp.verbs.choosing import Notice, choose
 from onnxcomp.verbs.resolve import (

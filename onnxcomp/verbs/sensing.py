@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from onnxcomp.data import Source, load_data
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.model import input_specs
 from onnxcomp.opset import raise_opset
 from onnxcomp.passes._groups import groups
 from onnxcomp.passes._jacobian import Jacobian
@@ -16,6 +15,7 @@ from onnxcomp.passes._sensitivity import Trials, decibels
 from onnxcomp.passes.cleanup import Cleanup
 from onnxcomp.passes.quantize import Quantize
 from onnxcomp.rewrite import Progress
+from onnxcomp.specs import input_specs
 from onnxcomp.verbs.resolve import ModelLike, Shapes, load_model, make_target, node_microseconds, pipeline_of
 from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact
 

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnxcomp.calibrate import collect
 from onnxcomp.data import Source, load_data
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.model import input_specs
 from onnxcomp.opset import raise_opset
 from onnxcomp.passes._activations import RECTIFIED
 from onnxcomp.passes._feed_forward import FeedForward, find_feed_forward
@@ -23,6 +22,7 @@ from onnxcomp.passes.threshold import Threshold
 from onnxcomp.rewrite import Progress
 from onnxcomp.select import Select
 from onnxcomp.sparsity import Firing, TailError, firing_histogram
+from onnxcomp.specs import input_specs
 from onnxcomp.stats import Group, RowSample
 from onnxcomp.target import Array, Feed
 from onnxcomp.verbs.resolve import ModelLike, Shapes, load_model, make_target, pipeline_of, reference_runner

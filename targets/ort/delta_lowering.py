@@ -71,7 +71,7 @@ class NativeDelta(Pass):
             if maps:
                 edits += _lower_maps(model, editor, states, maps)
             for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
-                source, step, _ = _unrounded(node)
+                source, step, _ = unrounded_hold(node)
                 edits += lower_products(model, editor, states, node, source, step)
             for node in [n for n in holds if n.op_type in CELLS]:
                 reason = why_no_cell(model, node)
@@ -109,7 +109,7 @@ def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None
     thresholds: dict[str, float] = {}
     of_inputs = []
     for hold in holds:
-        source, step, _ = _unrounded(hold)
+        source, step, _ = unrounded_hold(hold)
         if step.any():
             return None  # other kernels, other last bits: some would be rounded to another step
         level = constant(hold.inputs[3])
@@ -131,7 +131,7 @@ def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Se
     done: list[ir.Node] = []
     for node in list(model.graph):
         if node in wanted and constant(node.inputs[3]) is not None:
-            source, step, rounding = _unrounded(node)
+            source, step, rounding = unrounded_hold(node)
             maps.hold(node, source, step)
             done += [*rounding, node]
             continue
@@ -161,7 +161,7 @@ def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Se
     ]
 
 
-def _unrounded(hold: ir.Node) -> tuple[ir.Value, Array, list[ir.Node]]:
+def unrounded_hold(hold: ir.Node) -> tuple[ir.Value, Array, list[ir.Node]]:
     """The value before the rounding in front of a hold, the step, and the nodes that round."""
     none = np.zeros(1, np.float32)
     value = hold.inputs[0]

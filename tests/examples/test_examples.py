@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from onnxcomp.data import load_data, load_function
-from onnxcomp.model import input_specs, load
+from onnxcomp.model import load
+from onnxcomp.specs import input_specs
 from onnxcomp.targets.ort import reference_runner
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,12 +11,13 @@ import onnx
 
 from onnxcomp.api import compile, inspect, legalize, rewrite
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.model import input_specs, load, save
+from onnxcomp.model import load, save
 from onnxcomp.passes._nm_scores import Method
 from onnxcomp.passes.delta import Delta
 from onnxcomp.passes.nm_mask import NmMask
 from onnxcomp.passes.nm_pack import NmPack
 from onnxcomp.passes.permute import Permute
+from onnxcomp.specs import input_specs
 from onnxcomp.targets.ort import OrtCpu, reference_runner
 from onnxcomp.targets.ort.runtime import make_session, session_options
 from onnxcomp.unrounded import unrounded

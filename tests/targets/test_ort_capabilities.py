@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from onnxcomp.cpu import parse_cpuinfo
 from onnxcomp.targets.ort import OrtCpu
-from onnxcomp.targets.ort.capabilities import parse_cpuinfo, reduce_range
+from onnxcomp.targets.ort.capabilities import reduce_range
 
 
 def test_flags_are_those_of_the_first_core():

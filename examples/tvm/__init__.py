@@ -1,0 +1,1 @@
+"""Models compiled by TVM, against ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""Kernels in TIR: each function makes one for a machine and fixed sizes."""
