@@ -10,8 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from examples.delta.clips import FIXED, clip, feeds
-from examples.delta.exact import recurrent, walk
+from examples.delta.cells import recurrent, walk
 from examples.efficientnet import images
 from examples.llm import data as texts
 from examples.llm.session import Decoder
@@ -77,6 +76,8 @@ def efficientnet(folder: Path) -> Subject:
 
 def video(folder: Path) -> Subject:
     """EfficientNet-Lite0 as a stream of frames."""
+    from examples.delta.clips import FIXED, clip, feeds  # needs a package that reads videos
+
     still = efficientnet(folder)
     frames = partial(feeds, clip(FIXED[0]))
     return Subject(

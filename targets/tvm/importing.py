@@ -26,6 +26,7 @@ from onnxcomp.errors import CompileError
 from onnxcomp.model import root_cause
 from onnxcomp.targets.tvm.convert import CONVERTERS
 from onnxcomp.targets.tvm.convert._call import Call, Converter
+from onnxcomp.targets.tvm.convert.ranges import between_sizes
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.nodes import DOMAIN
 
@@ -91,13 +92,22 @@ def _converters(machine: Machine) -> Iterator[None]:
     """Adds ours to those that TVM's importer looks up."""
     original = onnx_frontend._get_convert_map
     ours = {f"{DOMAIN}::{name}": _as_class(name, converter, machine) for name, converter in CONVERTERS.items()}
-    take = relax.op.take
+    take, ranges = relax.op.take, original()["Range"]
+    ours["Range"] = type("Range", (), {"get_converter": staticmethod(partial(_range, ranges))})
     onnx_frontend._get_convert_map = lambda: {**original(), **ours}
     relax.op.take = partial(_take, take)
     try:
         yield
     finally:
         onnx_frontend._get_convert_map, relax.op.take = original, take
+
+
+def _range(theirs: Any, opset: int) -> Callable[..., Any]:
+    def convert(builder: Any, inputs: Any, *others: Any) -> Any:
+        found = between_sizes(builder, *(inputs[i] for i in range(3)))
+        return theirs.get_converter(opset)(builder, inputs, *others) if found is None else found
+
+    return convert
 
 
 def _take(original: Callable[..., Any], x: Any, indices: Any, axis: int | None = None, mode: str = "clip") -> Any:

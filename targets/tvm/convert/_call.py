@@ -62,16 +62,27 @@ class Call:
             shape: Of the output.
             dtype: Of the output.
         """
-        root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))  # some passes need it
-        function = (
-            function.with_body(root).with_attr("op_pattern", OPAQUE).with_attr(OWN, 1).without_attr("global_symbol")
-        )
-        name = self.builder.add_func(function, self.kind)
-        return self.builder.emit(relax.call_tir(name, list(inputs), out_ty=relax.TensorType(shape, dtype)))
+        return kernel_call(self.builder, self.kind, function, inputs, relax.TensorType(shape, dtype))
 
     def reshaped(self, expression: Expr, shape: Sequence[Any]) -> Expr:
         """The same values in another shape, without a copy."""
         return self.builder.emit(relax.op.reshape(expression, tuple(shape)))
+
+
+def kernel_call(builder: Any, kind: str, function: Any, inputs: Sequence[Expr], output: Any) -> Expr:
+    """Emits a call of a kernel.
+
+    Args:
+        builder: Emits into the function that is built.
+        kind: Wish for the name of the kernel.
+        function: The `tvm.tirx.PrimFunc`.
+        inputs: Tensors and numbers, which it takes in order, before the output.
+        output: `relax.TensorType` of the output.
+    """
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", function.body))  # some passes need it
+    function = function.with_body(root).with_attr("op_pattern", OPAQUE).with_attr(OWN, 1).without_attr("global_symbol")
+    name = builder.add_func(function, kind)
+    return builder.emit(relax.call_tir(name, list(inputs), out_ty=output))
 
 
 Converter: TypeAlias = Callable[[Call], Expr]

@@ -59,7 +59,7 @@ class Prepare(Pass):
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         infer_shapes(model)
         for node in model.graph:
-            if macs := count_macs(node):
+            if macs := count_macs(node, 1):
                 node.metadata_props[MACS] = str(macs)
         return ()
 

@@ -11,8 +11,8 @@ from builder import Builder
 
 pytest.importorskip("tvm")
 
-from onnxcomp.targets.tvm.nodes import DOMAIN  # noqa: E402
-from onnxcomp.verbs.resolve import compiled, lowered, make_target  # noqa: E402
+from onnxcomp.targets.tvm.nodes import DOMAIN
+from onnxcomp.verbs.resolve import compiled, lowered, make_target
 
 
 def nodes(model: ir.Model) -> Counter[str]:

@@ -1,0 +1,24 @@
+"""Numbers in a row, as many as a size that is not known before the model runs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+
+@cache
+def numbers(step: int) -> Any:
+    """Kernel `(start, y (n,))` of int64: `start`, `start + step`, and so on."""
+    n = tirx.Var("n", "int64")
+
+    @T.prim_func
+    def kernel(start: T.int64, y_: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        y = T.match_buffer(y_, (n,), "int64")
+        for i in T.serial(n):
+            y[i] = start + i * T.int64(step)
+
+    return kernel
