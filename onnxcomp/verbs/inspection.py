@@ -52,8 +52,12 @@ def list_passes() -> dict[str, str]:
 
 
 def list_targets() -> dict[str, str]:
-    """Target name to its summary."""
-    return {name: load_target(name).summary for name in names(TARGETS)}
+    """Target name to its summary, and the boards that it compiles for where there is a choice."""
+    targets = {name: load_target(name) for name in names(TARGETS)}
+    return {
+        name: target.summary + (f"; boards: {', '.join(boards)}" if (boards := target.boards()) else "")
+        for name, target in targets.items()
+    }
 
 
 def list_recipes() -> dict[str, str]:

@@ -70,14 +70,7 @@ class NativeDelta(Pass):
                 strip(dense[0])
             if maps:
                 edits += _lower_maps(model, editor, states, maps)
-            for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
-                source, step, _ = unrounded_hold(node)
-                edits += lower_products(model, editor, states, node, source, step)
-            for node in [n for n in holds if n.op_type in CELLS]:
-                reason = why_no_cell(model, node)
-                if not reason:
-                    lower_cell(model, editor, states, node)
-                edits.append(refused(node, reason) if reason else applied(node, "runs in the native library"))
+            edits += lower_vectors(model, editor, states, holds, "runs in the native library")
         states.write()
         edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
         if any(n.domain == native.DOMAIN and n.op_type.startswith("Delta") for n in model.graph):
@@ -85,6 +78,30 @@ class NativeDelta(Pass):
             if dense is not None and not model_state(dense[0]):
                 model.meta[DENSE] = dense
         return edits
+
+
+def lower_vectors(
+    model: ir.Model, editor: Editor, states: StreamStates, holds: Sequence[ir.Node], done: str
+) -> list[Edit]:
+    """Lowers products behind holds, and recurrent cells, which both follow changed inputs.
+
+    Args:
+        model: The model.
+        editor: Of its graph.
+        states: Takes up the sums that changes are added to.
+        holds: Portable streaming ops.
+        done: What the edit of a cell says.
+    """
+    edits: list[Edit] = []
+    for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
+        source, step, _ = _unrounded(node)
+        edits += lower_products(model, editor, states, node, source, step)
+    for node in [n for n in holds if n.op_type in CELLS]:
+        reason = why_no_cell(model, node)
+        if not reason:
+            lower_cell(model, editor, states, node)
+        edits.append(refused(node, reason) if reason else applied(node, done))
+    return edits
 
 
 def _map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
@@ -109,7 +126,7 @@ def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None
     thresholds: dict[str, float] = {}
     of_inputs = []
     for hold in holds:
-        source, step, _ = unrounded_hold(hold)
+        source, step, _ = _unrounded(hold)
         if step.any():
             return None  # other kernels, other last bits: some would be rounded to another step
         level = constant(hold.inputs[3])
@@ -131,7 +148,7 @@ def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Se
     done: list[ir.Node] = []
     for node in list(model.graph):
         if node in wanted and constant(node.inputs[3]) is not None:
-            source, step, rounding = unrounded_hold(node)
+            source, step, rounding = _unrounded(node)
             maps.hold(node, source, step)
             done += [*rounding, node]
             continue
@@ -161,7 +178,7 @@ def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Se
     ]
 
 
-def unrounded_hold(hold: ir.Node) -> tuple[ir.Value, Array, list[ir.Node]]:
+def _unrounded(hold: ir.Node) -> tuple[ir.Value, Array, list[ir.Node]]:
     """The value before the rounding in front of a hold, the step, and the nodes that round."""
     none = np.zeros(1, np.float32)
     value = hold.inputs[0]

@@ -18,11 +18,9 @@ from onnxcomp import native
 from onnxcomp.edit import Editor
 from onnxcomp.model import infer_shapes
 from onnxcomp.ops import DELTA_OPS, DOMAIN
-from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
+from onnxcomp.rewrite import Context, Edit, Pass, refused
 from onnxcomp.state import model_state, write_state
-from onnxcomp.targets.ort.delta_cells import CELLS, lower_cell, why_no_cell
-from onnxcomp.targets.ort.delta_lowering import unrounded_hold
-from onnxcomp.targets.ort.delta_products import lower_products
+from onnxcomp.targets.ort.delta_lowering import lower_vectors
 from onnxcomp.targets.ort.delta_states import StreamStates
 from onnxcomp.targets.ort.delta_strip import strip
 from onnxcomp.targets.tvm.lower.sparse import known
@@ -55,14 +53,7 @@ class Delta(Pass):
         infer_shapes(model)
         editor = Editor(model)
         states = StreamStates(model, editor)
-        for node in [n for n in holds if n.op_type == "DeltaHold" and n.graph is model.graph]:
-            source, step, _ = unrounded_hold(node)
-            edits += lower_products(model, editor, states, node, source, step)
-        for node in [n for n in holds if n.op_type in CELLS]:
-            reason = why_no_cell(model, node)
-            if not reason:
-                lower_cell(model, editor, states, node)
-            edits.append(refused(node, reason) if reason else applied(node, "reads the weights of changed inputs only"))
+        edits += lower_vectors(model, editor, states, holds, "reads the weights of changed inputs only")
         states.write()
         edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
         for node in list(model.graph):
