@@ -2,6 +2,7 @@
 # make test    install PyTorch and the tools as well, run the quick tests
 # make slow    run the tests that take long
 # make device-test   run artifacts on an emulated 64-bit ARM (needs qemu-user, g++-aarch64-linux-gnu, a network once)
+# make gpu-test     check kernels for GPUs: on an emulated one, and all of them by nvcc
 # make lint    ruff (rules and format) and the layering contracts
 # make types   mypy
 # make venv    only install, what `make test` does
@@ -36,7 +37,7 @@ WITHOUT_COMPILER = found=; \
 		export ONNXCOMP_NO_NATIVE=1; \
 	fi
 
-.PHONY: help demo test slow device-test lint types venv clean distclean
+.PHONY: help demo test slow device-test gpu-test lint types venv clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +58,10 @@ slow: $(TEST_STAMP)
 device-test: $(TEST_STAMP)
 	@echo "==> running artifacts on an emulated aarch64: outputs only, no timing"
 	$(PY) -m pytest -m slow tests/device $(PYTEST_ARGS)
+
+gpu-test: $(TEST_STAMP)
+	@echo "==> testing kernels for GPUs"
+	$(PY) -m pytest -m "slow or not slow" tests/targets/tvm/gpu tests/targets/tvm/test_cuda_emulator.py $(PYTEST_ARGS)
 
 lint: $(TEST_STAMP)
 	$(PY) -m ruff check .

@@ -41,6 +41,7 @@ from onnxcomp.cli_options import (
     TargetName,
     Timing,
     Tolerance,
+    Tune,
     grouped,
     selector,
     shapes,
@@ -158,13 +159,18 @@ app.command("calibrate-target")(cli_figures.calibrate_target)
 
 @app.command("compile")
 def compile_(
-    model: Model, output: Output, target: TargetName = "ort-cpu", inputs: Inputs = None, as_json: Json = False
+    model: Model,
+    output: Output,
+    target: TargetName = "ort-cpu",
+    inputs: Inputs = None,
+    tune: Tune = None,
+    as_json: Json = False,
 ) -> None:
     """Compile a model for a target, and show what really runs there."""
     from onnxcomp import api
 
-    with working(as_json):
-        result = api.compile(model, output, target=target, shapes=shapes(inputs))
+    with working(as_json) as progress:
+        result = api.compile(model, output, target=target, shapes=shapes(inputs), tune=tune, progress=progress)
     cli_render.artifact(result, as_json)
 
 
@@ -185,6 +191,7 @@ def compress(
     measure: Measure = True,
     timing: Timing,
     gate: Gate,
+    tune: Tune = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -206,7 +213,7 @@ def compress(
         report = api.compress(
             model, output, **rewriting.keywords(), eval_data=eval_data, eval_samples=eval_samples, metric=metric,
             measure=measure, **timing.keywords(), require_drop=gate.max_drop is not None, max_drop=gate.max_drop,
-            progress=progress, notice=_tell,
+            tune=tune, progress=progress, notice=_tell,
         )  # fmt: skip
     typer.echo(to_json(report) if as_json else f"{report.summary()}\n\nreport: {output / 'report.html'}")
     if report.fidelity is not None:

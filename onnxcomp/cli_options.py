@@ -93,6 +93,15 @@ MaxRise = Annotated[
     float | None,
     typer.Option("--max-rise", help="Exit with 3 if perplexity rises by more; 0.01 is 1 %."),
 ]
+Tune = Annotated[
+    float | None,
+    typer.Option(
+        "--tune",
+        metavar="SECONDS",
+        min=0.0,
+        help="Measure that long how parts run best on this machine; 0 uses what is known from before.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what is refused, and why.")]
 Tolerance = Annotated[float, typer.Option(min=0.0, help="Allowed error; --rtol is relative to the largest value.")]
 

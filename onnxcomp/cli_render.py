@@ -250,6 +250,21 @@ def artifact(found: Artifact, as_json: bool) -> None:
         ("node", "op", "executed as", "MACs", "note"),
         [(r.node, r.op_type, r.executed_as or "?", f"{r.macs:,}", r.reason) for r in rows],
     )
+    if tuned := found.manifest.get("tuning"):
+        table(
+            ("tuned", "calls", "schedules", "us before", "us after", "note"),
+            [
+                (
+                    t["function"],
+                    str(t["calls"]),
+                    str(t["trials"]),
+                    _decimals(t["before_us"], 1),
+                    _decimals(t["after_us"], 1),
+                    t["note"],
+                )
+                for t in tuned
+            ],
+        )
     say(f"{found.audit.integer_mac_share:.1%} of MACs run on integers; artifact in {found.path}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from onnxcomp import native
+from onnxcomp.errors import CompileError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def diagnose() -> list[Diagnosis]:
             Diagnosis(name=name, state="ok" if version else "missing", value=version, fix="" if version else fix)
         )
     checks += _tvm_ffi()
+    checks += _nvcc()
     compiler = next((path for c in ("c++", "g++", "clang++") if (path := shutil.which(c))), "")
     checks.append(
         Diagnosis(
@@ -101,6 +103,19 @@ def _tvm_ffi() -> list[Diagnosis]:
     good = version.startswith(_FFI_SERIES)
     fix = "" if good else f"pip install '{_FFI}=={_FFI_SERIES}*': TVM crashes with newer ones"
     return [Diagnosis(name=_FFI, state="ok" if good else "broken", value=version, fix=fix)]
+
+
+def _nvcc() -> list[Diagnosis]:
+    """Whether kernels can be compiled for NVIDIA GPUs, which takes no GPU."""
+    from onnxcomp.targets.tvm.gpu.nvcc import nvcc
+
+    if not _version("apache-tvm"):
+        return []
+    try:
+        return [Diagnosis(name="tvm-cuda", state="ok", value=f"compiles by {nvcc()}")]
+    except CompileError:
+        fix = "pip install 'onnxcomp[tvm-cuda]'"
+        return [Diagnosis(name="tvm-cuda", state="missing", value="no CUDA compiler", fix=fix)]
 
 
 def _machine() -> list[Diagnosis]:

@@ -281,6 +281,22 @@ class Target(ABC):
         """
         raise RecipeError(f"target {self.name!r} has no boards to choose from; write it without {board!r}")
 
+    def tuned(self, seconds: float, progress: Callable[[str, int, int | None], None] | None = None) -> Target:
+        """The same target, which measures while it compiles how parts of a model run best on this machine.
+
+        What was measured is kept, and used again for other models by a tuned target; a target that is not tuned does
+        not look at it.
+
+        Args:
+            seconds: Most seconds of wall-clock time to measure for, a model; at 0, only what was kept is used.
+            progress: Told what is measured, and how many of the seconds are over.
+
+        Raises:
+            UnsupportedError: If the target has nothing to tune.
+            DeviceError: If it does not compile for this machine.
+        """
+        raise UnsupportedError(f"target {self.name!r} has nothing to tune; leave --tune out")
+
     def require_device(self) -> None:
         """Fails where models can be compiled for the target but not run, so that long work does not begin in vain.
 

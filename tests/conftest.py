@@ -17,9 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 @pytest.fixture(autouse=True)
 def _no_break_even_of_this_machine(monkeypatch, tmp_path_factory):
     """What `calibrate-target` kept on the developer's machine must not decide what tests see."""
-    from onnxcomp.targets.ort import break_even
+    from onnxcomp.targets.ort import break_even as of_ort
+    from onnxcomp.targets.tvm import break_even as of_tvm
 
-    monkeypatch.setattr(break_even, "cache_path", lambda _: tmp_path_factory.getbasetemp() / "break_even.json")
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setattr(of_ort, "cache_path", lambda _: folder / "break_even.json")
+    monkeypatch.setattr(of_tvm, "cache_path", lambda _: folder / "break_even_tvm.json")
 
 
 def _mlp(batch: int | str = "batch", *, hidden: int = 32, opset: int = 17, seed: int = 0) -> onnx.ModelProto:

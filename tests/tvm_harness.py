@@ -23,6 +23,8 @@ AVX512 = Machine(
 )
 AVX2 = Machine(name="avx2", triple=X86, cpu="haswell", lanes=8, registers=16, dot="avx2")
 SSE2 = Machine(name="sse2", triple=X86, cpu="x86-64", lanes=4, registers=16, dot="none")
+# What is compiled for NEON, where products take one lane of a vector, on any CPU.
+BY_LANE = Machine(name="by lane", triple=X86, cpu="x86-64", lanes=4, registers=32, dot="none")
 
 
 def _flags() -> set[str]:

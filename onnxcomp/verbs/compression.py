@@ -37,6 +37,7 @@ from onnxcomp.verbs.resolve import (
     make_target,
     pipeline_of,
     split_data,
+    tuned,
 )
 from onnxcomp.workdir import replacing
 
@@ -66,6 +67,7 @@ def compress(
     seconds: float | None = 60.0,
     require_drop: bool = False,
     max_drop: float | None = None,
+    tune: float | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> Report:
@@ -93,6 +95,8 @@ def compress(
         seconds: Most seconds to spend on timing.
         max_drop: Limit for passes that choose by it, if the recipe sets none.
         require_drop: Fail at once if `Fidelity.drop` would be None.
+        tune: Most seconds to measure, for the original and for the result each, how their parts run best on this
+            machine; see `compile`.
         progress: Told about every step.
         notice: Told which recipe was chosen and why, before the work begins.
 
@@ -106,6 +110,7 @@ def compress(
     if scored is not None and data is None and eval_data is None:
         raise DataError("a metric needs evaluation data as well; give some with --data or --eval-data")
     chosen = make_target(target)
+    compiler = tuned(chosen, tune, progress)
     chosen.require_device()
     capabilities = chosen.capabilities()
     original = load_model(model, shapes)
@@ -126,9 +131,9 @@ def compress(
         save(rewritten, work / "model.onnx")
         if progress:
             progress("compile", 0, None)
-        baseline = compiled(original, chosen, work / "baseline")
+        baseline = compiled(original, compiler, work / "baseline")
         executable, lowering = lowered(rewritten, chosen)
-        artifact = chosen.compile(executable, work / "artifact")
+        artifact = compiler.compile(executable, work / "artifact")
         sessions = {
             "before": chosen.load(baseline, threads=threads),
             "after": chosen.load(artifact, threads=threads),

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,7 +18,7 @@ from onnxcomp.errors import DataError, OnnxcompError, RecipeError
 from onnxcomp.model import fix_shapes, initializers, load, model_size
 from onnxcomp.recipe import Recipe, load_recipe
 from onnxcomp.registry import load_target
-from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline
+from onnxcomp.rewrite import Check, Pass, PassReport, Pipeline, Progress
 from onnxcomp.specs import input_specs
 from onnxcomp.target import Artifact, Feed, Target
 
@@ -100,6 +101,19 @@ def make_target(name: str) -> Target:
     registered, _, board = name.partition(":")
     target = load_target(registered)()
     return target.on(board) if board else target
+
+
+def tuned(target: Target, seconds: float | None, progress: Progress | None) -> Target:
+    """The target, tuned for that long if that is asked for.
+
+    Raises:
+        OnnxcompError: If it cannot be tuned, or that is no time.
+    """
+    if seconds is None:
+        return target
+    if not 0 <= seconds < inf:
+        raise RecipeError(f"{seconds} is not a number of seconds to tune for")
+    return target.tuned(seconds, progress)
 
 
 def pipeline_of(passes: Sequence[Pass], target: Target, check: Check, seed: int, threads: int = 1) -> Pipeline:

@@ -25,6 +25,7 @@ from onnxcomp.verbs.resolve import (
     make_target,
     pipeline_of,
     reference_runner,
+    tuned,
 )
 from onnxcomp.verbs.results import RewriteResult
 from onnxcomp.workdir import check_writable
@@ -115,7 +116,22 @@ def compile(
     *,
     target: str = "ort-cpu",
     shapes: Shapes | None = None,
+    tune: float | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
-    """Compiles a model for a target into the folder `out`, with the audit of what really runs."""
-    chosen = make_target(target)
+    """Compiles a model for a target into the folder `out`, with the audit of what really runs.
+
+    Args:
+        model: Path or model; a model in memory is left unchanged.
+        out: The folder; an artifact that is there is replaced.
+        target: Name of the target.
+        shapes: Fixes dynamic input shapes.
+        tune: Most seconds to measure for how parts of the model run best on this machine. At 0, what earlier runs
+            measured is used and nothing is measured; without it, neither.
+        progress: Told what is measured.
+
+    Raises:
+        OnnxcompError: If anything is wrong with what was given, or the target cannot tune; `out` stays as it was.
+    """
+    chosen = tuned(make_target(target), tune, progress)
     return compiled(load_model(model, shapes), chosen, Path(out))

@@ -32,6 +32,7 @@ class _Manifest(BaseModel):
 
     target: str
     triple: str = ""
+    gpu: str = ""
     opsets: dict[str, int] = Field(default_factory=dict)
     inputs: list[_Tensor]
     outputs: list[_Tensor]
@@ -54,6 +55,7 @@ class DeviceArtifact:
         manifest = _read(self.path / MANIFEST)
         self.target = manifest.target
         self.triple = manifest.triple
+        self.gpu = manifest.gpu
         self.is_tvm = manifest.target.startswith("tvm")
         self.needs_native = native.DOMAIN in manifest.opsets
         self.carries_state = bool(manifest.state)

@@ -62,6 +62,8 @@ class EmulatedDevice(JobDevice):
                 f"{self.name} runs TVM artifacts only; {artifact.path} is for {artifact.target}: compile the model for "
                 "tvm-aarch64"
             )
+        if artifact.gpu:
+            raise DeviceError(f"{self.name} emulates a CPU; {artifact.path} is for a GPU of {artifact.gpu}")
         super().refuse(artifact)
 
     def check(self) -> DeviceFacts:

@@ -23,6 +23,7 @@ from onnxcomp.targets.ort.manifest import model_file
 SCRIPT = "job.sh"
 OUT = "out"
 _SENSORS = "cat /sys/class/thermal/thermal_zone*/temp 2>/dev/null | sort -n | tail -n 1"
+_LIBRARIES = 'export LD_LIBRARY_PATH="$PWD/runner${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"'
 _GOVERNOR = "cat /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor 2>/dev/null"
 
 
@@ -83,7 +84,7 @@ def make_job(
     if artifact.is_tvm:
         folder = scratch / "runner"
         folder.mkdir()
-        deploy_runner(artifact.triple, folder)
+        deploy_runner(artifact.triple, folder, gpu=bool(artifact.gpu))
         sent = [p for p in folder.iterdir() if p.is_file()]
         files |= {f"runner/{p.name}": p for p in sent}
         executables = {f"runner/{RUNNER}"}
@@ -91,7 +92,7 @@ def make_job(
         files["runner/ort_run.py"] = Path(__file__).with_name("ort_run.py")
         if native_library and (library := native.library_path()):
             files["runner/native.so"] = library
-    lines = ['export LD_LIBRARY_PATH="$PWD/runner"', f"mkdir -p {OUT}", f"{_SENSORS} >{OUT}/before"]
+    lines = [_LIBRARIES, f"mkdir -p {OUT}", f"{_SENSORS} >{OUT}/before"]
     lines.append(f"{_GOVERNOR} >{OUT}/governor")
     for index, (feed, steps) in enumerate(runs):
         arguments: list[str] = ["--steps", str(steps)] if steps else []

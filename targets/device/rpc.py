@@ -145,6 +145,8 @@ class _Remote:
         from onnxcomp.targets.tvm.manifest import CODE, WEIGHTS
         from onnxcomp.targets.tvm.weights import mapped
 
+        if artifact.gpu:
+            raise DeviceError(f"{artifact.path} is for a GPU; by RPC artifacts for CPUs run, by ssh those for GPUs too")
         opener = next((t for t in (TvmCpu, TvmAarch64) if t.name == artifact.target), TvmCpu)
         manifest = opener().open(artifact.path).manifest
         self.artifact = artifact

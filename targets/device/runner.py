@@ -11,14 +11,14 @@ RUNNER = "onnxcomp-run"
 _BUILDER = "onnxcomp.targets.tvm.runner_build"
 
 
-def deploy_runner(triple: str, folder: Path) -> None:
-    """Puts the runner for `triple` and its libraries into `folder`.
+def deploy_runner(triple: str, folder: Path, *, gpu: bool) -> None:
+    """Puts the runner for `triple` and its libraries into `folder`, with what a GPU needs if `gpu`.
 
     Raises:
         DeviceError: If there is none and none can be built.
     """
     try:
-        importlib.import_module(_BUILDER).deploy(triple, folder)
+        importlib.import_module(_BUILDER).deploy(triple, folder, gpu=gpu)
     except ImportError as error:
         raise DeviceError(
             f"there is no runner for {triple}: {error}; install what builds it with: pip install 'onnxcomp[tvm]'"

@@ -64,12 +64,12 @@ class NativeDelta(Pass):
         states = StreamStates(model, editor)
         dense: tuple[ir.Model, DenseSteps] | None = None
         if self.kernels and native.available():
-            maps = _map_holds(model, holds)
-            if (when := _dense_steps(model, maps)) is not None:
+            maps = map_holds(model, holds)
+            if (when := dense_steps(maps)) is not None:
                 dense = model.clone(), when
                 strip(dense[0])
             if maps:
-                edits += _lower_maps(model, editor, states, maps)
+                edits += lower_maps(model, editor, states, maps)
             edits += lower_vectors(model, editor, states, holds, "runs in the native library")
         states.write()
         edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
@@ -104,8 +104,13 @@ def lower_vectors(
     return edits
 
 
-def _map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
-    """Holds of maps that kernels may take; none if so much changes that it would not pay."""
+def map_holds(model: ir.Model, holds: Sequence[ir.Node]) -> list[ir.Node]:
+    """Holds of maps that kernels may take; none if so much changes that it would not pay.
+
+    Args:
+        model: The model.
+        holds: Portable streaming ops.
+    """
     found = [
         n for n in holds
         if n.op_type == "DeltaHoldPixels" and n.graph is model.graph and is_map(n.inputs[0]) and is_map(n.outputs[0])
@@ -121,8 +126,12 @@ def _changed(holds: Sequence[ir.Node]) -> float:
     return 1 - math.fsum(m * n for m, n in zip(macs, noted, strict=True) if m) / total if total else math.nan
 
 
-def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None:
-    """Which steps are faster with the dense model; None where no input is held as a map, or streams are to be exact."""
+def dense_steps(holds: Sequence[ir.Node]) -> DenseSteps | None:
+    """Which steps are faster with the dense model; None where no input is held as a map, or streams are to be exact.
+
+    Args:
+        holds: Holds of maps.
+    """
     thresholds: dict[str, float] = {}
     of_inputs = []
     for hold in holds:
@@ -140,7 +149,15 @@ def _dense_steps(model: ir.Model, holds: Sequence[ir.Node]) -> DenseSteps | None
     return DenseSteps(thresholds=thresholds, share=share)
 
 
-def _lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Sequence[ir.Node]) -> list[Edit]:
+def lower_maps(model: ir.Model, editor: Editor, states: StreamStates, holds: Sequence[ir.Node]) -> list[Edit]:
+    """Lowers what lies between holds of maps to nodes in the domain of the native library, in its layout.
+
+    Args:
+        model: The model.
+        editor: Of its graph.
+        states: Takes up what layers sent last.
+        holds: Holds of maps, at least one.
+    """
     started = holds[0].inputs[2]
     assert started is not None
     maps = Maps(model, editor, states, started)

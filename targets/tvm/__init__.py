@@ -1,28 +1,37 @@
-"""TVM: one shared object with kernels of our own, for a CPU on which neither Python nor ONNX Runtime has to be.
+"""TVM: one shared object with kernels of our own, for a CPU or GPU where neither Python nor ONNX Runtime has to be.
 
 TVM itself is imported when a model is compiled or run, not before.
 """
 
 from __future__ import annotations
 
+import copy
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
 from typing_extensions import Self, override
 
+from onnxcomp.break_even import BreakEven
 from onnxcomp.cpu import cpu_flags
 from onnxcomp.errors import DeviceError, TargetError
 from onnxcomp.manifest import read_manifest
 from onnxcomp.rewrite import Pass
 from onnxcomp.target import Artifact, Capabilities, Feed, NodeTime, Session, Target
 from onnxcomp.targets.tvm.boards import HOST, boards, machine
+from onnxcomp.targets.tvm.break_even import store, table
 from onnxcomp.targets.tvm.capabilities import capabilities
+from onnxcomp.targets.tvm.gpu.boards import gpu as gpu_machine
+from onnxcomp.targets.tvm.gpu.boards import gpu_boards
+from onnxcomp.targets.tvm.gpu.machine import Gpu
 from onnxcomp.targets.tvm.lower.everything import Kernels
 from onnxcomp.targets.tvm.lower.prepare import Prepare
+from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.manifest import Manifest, check_files
+from onnxcomp.targets.tvm.tuning import Tuning
 
 _SAME = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -34,17 +43,15 @@ class _Tvm(Target):
         board: Name of a board, or the path of a `.toml` file that describes one.
     """
 
-    architecture: ClassVar[str]
     default: ClassVar[str]
+    _machine: Machine
+    _tuning: Tuning | None = None
 
     def __init__(self, board: str = "") -> None:
-        self._machine = machine(board or self.default, self.architecture, cpu_flags())
+        self._machine = self._found(board or self.default)
 
-    @classmethod
-    @override
-    def boards(cls) -> Mapping[str, str]:
-        """Names of boards with what they are."""
-        return {name: board.summary for name, board in boards(cls.architecture).items()}
+    def _found(self, board: str) -> Machine:
+        raise NotImplementedError
 
     @override
     def on(self, board: str) -> Self:
@@ -56,10 +63,10 @@ class _Tvm(Target):
 
     @override
     def require_device(self) -> None:
-        here = platform.machine().lower()
-        if _SAME.get(here, here) != self.architecture:
+        here, architecture = _architecture(), self._machine.triple.partition("-")[0]
+        if here != architecture:
             raise DeviceError(
-                f"{self.name} compiles for {self.architecture}, and this machine is {here}: run the artifact on a "
+                f"{self.name} compiles for {architecture} here, and this machine is {here}: run the artifact on a "
                 "device, with onnxcomp profile ARTIFACT --device NAME"
             )
         _require_tvm()
@@ -73,7 +80,7 @@ class _Tvm(Target):
         _require_tvm()
         from onnxcomp.targets.tvm.compile import compile_model
 
-        return compile_model(model, Path(out), self._machine, self.capabilities(), self.lowering())
+        return compile_model(model, Path(out), self._machine, self.capabilities(), self.lowering(), self._tuning)
 
     @override
     def open(self, path: Path) -> Artifact:
@@ -109,7 +116,38 @@ class _Tvm(Target):
         return peak_memory(artifact, feed, threads=threads)
 
 
-class TvmCpu(_Tvm):
+class _TvmCpu(_Tvm):
+    """For CPUs of one architecture."""
+
+    architecture: ClassVar[str]
+
+    @classmethod
+    @override
+    def boards(cls) -> Mapping[str, str]:
+        """Names of boards with what they are."""
+        return {name: board.summary for name, board in boards(cls.architecture).items()}
+
+    @override
+    def _found(self, board: str) -> Machine:
+        return machine(board, self.architecture, cpu_flags())
+
+    @override
+    def tuned(self, seconds: float, progress: Callable[[str, int, int | None], None] | None = None) -> Self:
+        """The same target, with loops of TVM's own tuned on one thread; results are kept in the user's cache."""
+        _require_tvm()
+        here = machine(HOST, self.architecture, cpu_flags())
+        same = _architecture() == self.architecture
+        if not same or replace(self._machine, name=here.name) != here:
+            raise DeviceError(
+                f"tuning measures on this machine, which is {here.name if same else _architecture()}, and the artifact "
+                f"would be for {self._machine.name}: compile on such a machine, or without --tune"
+            )
+        other = copy.copy(self)
+        other._tuning = Tuning(seconds=seconds, progress=progress)
+        return other
+
+
+class TvmCpu(_TvmCpu):
     """Compiles for x86-64; by default for the CPU of this machine."""
 
     name: ClassVar[str] = "tvm-cpu"
@@ -117,14 +155,83 @@ class TvmCpu(_Tvm):
     architecture: ClassVar[str] = "x86_64"
     default: ClassVar[str] = HOST
 
+    @override
+    def capabilities(self) -> Capabilities:
+        return capabilities(self.name, self._machine, table(self._machine))
 
-class TvmAarch64(_Tvm):
+    @override
+    def calibrate(
+        self,
+        shapes: Sequence[tuple[int, int]] = (),
+        *,
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Sequence[BreakEven]:
+        """Measures from which sparsity on the sparse kernels are faster than the dense ones, which takes minutes.
+
+        Dense products of 8-bit weights are those of dynamically quantized activations. Results are kept in the user's
+        cache folder.
+
+        Raises:
+            DeviceError: If this machine's CPU is of another architecture.
+            TargetError: If the result cannot be written.
+        """
+        self.require_device()
+        from onnxcomp.targets.ort.break_even_trials import SHAPES
+        from onnxcomp.targets.tvm.break_even_trials import measure
+
+        found = tuple(measure(self._machine, shapes or SHAPES, threads=threads, progress=progress))
+        store(found, self._machine)
+        return found
+
+
+class TvmAarch64(_TvmCpu):
     """Compiles for 64-bit ARM, on any machine."""
 
     name: ClassVar[str] = "tvm-aarch64"
     summary: ClassVar[str] = "TVM with kernels of our own on 64-bit ARM, by default with dot products"
     architecture: ClassVar[str] = "aarch64"
     default: ClassVar[str] = "cortex-a76"
+
+
+class TvmCuda(_Tvm):
+    """Compiles for an NVIDIA GPU, on any machine; the artifact holds machine code for it, and PTX for later ones."""
+
+    name: ClassVar[str] = "tvm-cuda"
+    summary: ClassVar[str] = "TVM with kernels of our own on NVIDIA GPUs"
+    default: ClassVar[str] = "jetson-orin"
+
+    @classmethod
+    @override
+    def boards(cls) -> Mapping[str, str]:
+        """Names of boards with what they are."""
+        return {name: board.summary for name, board in gpu_boards().items()}
+
+    @override
+    def _found(self, board: str) -> Machine:
+        return gpu_machine(board, cpu_flags())
+
+    @override
+    def require_device(self) -> None:
+        super().require_device()
+        from onnxcomp.targets.tvm.gpu.device import require_gpu
+
+        assert isinstance(self._machine, Gpu)
+        require_gpu(self._machine.arch)
+
+    @override
+    def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
+        """Bytes of GPU memory that are taken while the model runs."""
+        self.require_device()
+        from onnxcomp.targets.tvm.gpu.device import peak_memory
+
+        return peak_memory(artifact, feed)
+
+
+def _architecture() -> str:
+    """That of this machine, as triples name it."""
+    here = platform.machine().lower()
+    return _SAME.get(here, here)
 
 
 def _require_tvm() -> None:

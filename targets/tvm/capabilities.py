@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from onnxcomp.break_even import BreakEven
 from onnxcomp.target import Capabilities, Placement
 from onnxcomp.targets.tvm.machine import Machine
 
@@ -27,13 +28,20 @@ PLACEMENTS: Mapping[str, Placement] = {
 }
 
 
-def capabilities(target: str, machine: Machine) -> Capabilities:
-    """Capabilities of a TVM target for a board."""
+def capabilities(target: str, machine: Machine, break_even: tuple[BreakEven, ...] = ()) -> Capabilities:
+    """Capabilities of a TVM target for a board.
+
+    Args:
+        target: Name of the target.
+        machine: The board.
+        break_even: When sparse kernels pay on it.
+    """
     return Capabilities(
         target=target,
         max_opset=MAX_OPSET,
         activation_dtypes=(ir.DataType.UINT8,),
         weight_dtypes=(ir.DataType.INT8,),
         placements=PLACEMENTS,
-        features=(machine.cpu, *machine.features),
+        features=machine.instruction_sets,
+        break_even=break_even,
     )

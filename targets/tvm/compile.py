@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,17 +19,29 @@ from onnxcomp.specs import input_specs, output_specs
 from onnxcomp.state import model_state
 from onnxcomp.target import Artifact, Audit, AuditRow, Capabilities
 from onnxcomp.targets.tvm import weights
+from onnxcomp.targets.tvm.gpu.machine import Gpu
+from onnxcomp.targets.tvm.gpu.packing import compiling_for, pack_imports
 from onnxcomp.targets.tvm.importing import to_relax
 from onnxcomp.targets.tvm.linking import export_library
 from onnxcomp.targets.tvm.lower.prepare import MACS
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.manifest import CODE, FILES, PACKAGES, WEIGHTS, Manifest
-from onnxcomp.targets.tvm.nodes import DOMAIN, WAS
+from onnxcomp.targets.tvm.nodes import DOMAIN, INSTEAD, WAS
 from onnxcomp.targets.tvm.pipeline import build
+from onnxcomp.targets.tvm.tuning import Tuning
+from onnxcomp.targets.tvm.tuning.tuner import Tuner
+
+_UNTUNED = "no kernel of ours fits; it runs by a loop that TVM makes, which is slow"
+_TUNED = "no kernel of ours fits; it runs by a loop that TVM makes: see what was tuned"
 
 
 def compile_model(
-    model: ir.Model, out: Path, machine: Machine, capabilities: Capabilities, lowering: Sequence[Pass]
+    model: ir.Model,
+    out: Path,
+    machine: Machine,
+    capabilities: Capabilities,
+    lowering: Sequence[Pass],
+    tuning: Tuning | None = None,
 ) -> Artifact:
     """Compiles `model`, which stays as it is, into the folder `out`.
 
@@ -37,6 +51,7 @@ def compile_model(
         machine: What to compile for.
         capabilities: Of the target.
         lowering: Passes of the target; on a model that they were applied to they change nothing.
+        tuning: Whether to tune loops of TVM's own, and for how long; by default they stay as they are.
 
     Raises:
         CompileError: If TVM rejects the model, or `out` cannot be written or holds something else.
@@ -59,7 +74,15 @@ def compile_model(
     audit = _audit(working)
     with new_artifact(out, FILES) as (folder, _):
         imported = to_relax(working, machine)
-        export_library(build(imported.module, machine), folder / CODE, machine.triple)
+        tuner = Tuner(machine, tuning) if tuning else None
+        gpu = machine.arch if isinstance(machine, Gpu) else ""
+        with compiling_for(gpu) if gpu else nullcontext():
+            executable = build(imported.module, machine, tuner)
+        export_library(executable, folder / CODE, machine.triple, pack_imports(gpu) if gpu else None)
+        if tuner:
+            tuner.write(folder)
+            told = (replace(row, reason=_TUNED) if row.reason == _UNTUNED else row for row in audit.rows)
+            audit = replace(audit, rows=tuple(told))
         manifest = write_manifest(
             Manifest,
             folder,
@@ -72,11 +95,13 @@ def compile_model(
             board=machine.name,
             triple=machine.triple,
             cpu=machine.cpu,
+            gpu=gpu,
             parameters=parameters,
             returns=returns,
             inputs=[tensor_entry(s) for s in inputs],
             outputs=[tensor_entry(s) for s in outputs],
             state=[s.model_dump() for s in states],
+            tuning=[entry.model_dump() for entry in tuner.entries] if tuner else [],
         )
     return Artifact(path=out, manifest=manifest.model_dump(), audit=manifest.to_audit())
 
@@ -104,7 +129,7 @@ def _audit(model: ir.Model) -> Audit:
                 macs=macs,
                 quantized=quantized,
                 integer=integer,
-                reason="" if ours else "no kernel of ours fits; it runs by a loop that TVM makes, which is slow",
+                reason=node.metadata_props.get(INSTEAD, "") if ours else _UNTUNED,
             )
         )
     return Audit(rows=tuple(rows), executed_ops=dict(executed.most_common()))

@@ -56,6 +56,7 @@ def to_relax(model: ir.Model, machine: Machine) -> Imported:
         CompileError: If TVM's importer fails.
     """
     weights = _lift(model)
+    _rename_inputs(model.graph)
     proto = ir.to_proto(model)
     for node in proto.graph.node:
         if node.domain == DOMAIN:
@@ -68,6 +69,20 @@ def to_relax(model: ir.Model, machine: Machine) -> Imported:
         except Exception as error:
             raise CompileError(f"TVM cannot import the model: {root_cause(error)}") from error
     return Imported(module=module, weights=weights)
+
+
+def _rename_inputs(graph: ir.Graph) -> None:
+    """Gives inputs, and their open dimensions, names that suit CUDA source, into which they get."""
+    dimensions: dict[str, str] = {}
+    for index, value in enumerate(graph.inputs):
+        value.name = f"onnxcomp_{index}"
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                size
+                if isinstance(size, int) or size.value is None
+                else dimensions.setdefault(size.value, f"onnxcomp_size_{len(dimensions)}")
+                for size in value.shape
+            )
 
 
 def _lift(model: ir.Model) -> dict[str, ir.TensorProtocol]:
@@ -93,7 +108,7 @@ def _converters(machine: Machine) -> Iterator[None]:
     original = onnx_frontend._get_convert_map
     ours = {f"{DOMAIN}::{name}": _as_class(name, converter, machine) for name, converter in CONVERTERS.items()}
     take, ranges = relax.op.take, original()["Range"]
-    ours["Range"] = type("Range", (), {"get_converter": staticmethod(partial(_range, ranges))})
+    ours["Range"] = type("Range", (), {"get_converter": staticmethod(partial(_range, ranges, machine))})
     onnx_frontend._get_convert_map = lambda: {**original(), **ours}
     relax.op.take = partial(_take, take)
     try:
@@ -102,9 +117,10 @@ def _converters(machine: Machine) -> Iterator[None]:
         onnx_frontend._get_convert_map, relax.op.take = original, take
 
 
-def _range(theirs: Any, opset: int) -> Callable[..., Any]:
+def _range(theirs: Any, machine: Machine, opset: int) -> Callable[..., Any]:
     def convert(builder: Any, inputs: Any, *others: Any) -> Any:
-        found = between_sizes(builder, *(inputs[i] for i in range(3)))
+        given = [inputs[i] for i in range(3)]
+        found = between_sizes(Call(builder=builder, kind="Range", inputs=given, attributes={}, machine=machine))
         return theirs.get_converter(opset)(builder, inputs, *others) if found is None else found
 
     return convert

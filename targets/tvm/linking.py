@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,14 @@ def _zig() -> list[str]:
     return [found] if found else []
 
 
-def export_library(executable: Any, path: Path, triple: str) -> None:
+def export_library(executable: Any, path: Path, triple: str, pack: Callable[..., str] | None = None) -> None:
     """Links a compiled model into a shared object.
 
     Args:
         executable: `relax.Executable`.
         path: The file; it appears complete or not at all.
         triple: LLVM's target triple, that it was compiled for.
+        pack: Writes imported modules, those of a GPU; see `onnxcomp.targets.tvm.gpu.packing`.
 
     Raises:
         CompileError: If no compiler is found, or it fails.
@@ -101,7 +102,7 @@ def export_library(executable: Any, path: Path, triple: str) -> None:
 
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        executable.export_library(str(temporary), fcompile=link)
+        executable.export_library(str(temporary), fcompile=link, fpack_imports=pack)
         os.replace(temporary, path)
     except CompileError:
         raise

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-Dot = Literal["vnni512", "vnni256", "avx2", "sdot", "none"]
-"""How four products of 8-bit integers are summed: VPDPBUSD on 512 or 256 bits, VPMADDWD after widening, SDOT, or not
-at all."""
+Dot = Literal["vnni512", "vnni256", "avx2", "sdot", "dp4a", "none"]
+"""How four products of 8-bit integers are summed: VPDPBUSD on 512 or 256 bits, VPMADDWD after widening, SDOT, DP4A of a
+GPU, or not at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class Machine:
         dot: How integers are multiplied.
     """
 
+    kernels: ClassVar[str] = "onnxcomp.targets.tvm.kernels"
+    """Package with a module a kind of kernel."""
+
     name: str
     triple: str
     cpu: str
@@ -31,6 +34,11 @@ class Machine:
     lanes: int
     registers: int
     dot: Dot
+
+    @property
+    def instruction_sets(self) -> tuple[str, ...]:
+        """What is said of it in reports."""
+        return (self.cpu, *self.features)
 
     def target(self) -> Any:
         """The `tvm.target.Target`."""

@@ -17,6 +17,9 @@ DOMAIN = "onnxcomp.tvm"
 OWN = "onnxcomp.kernel"
 """Attribute of a function in TIR that is ours, and is to be left as it is."""
 
+INSTEAD = "onnxcomp.tvm.instead"
+"""Metadata of a node that another kernel than the op's own computes, with the reason."""
+
 WAS = "onnxcomp.tvm.was"
 """Metadata of a node of ours: the op type that it had in the model."""
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
 from tvm import relax
 
+from onnxcomp.targets.tvm.gpu import schedule as gpu
+from onnxcomp.targets.tvm.gpu.machine import Gpu
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.schedule import schedule
 
 
-def build(module: Any, machine: Machine) -> Any:
-    """Compiles an imported module to a `relax.Executable`."""
+def build(module: Any, machine: Machine, tune: Callable[[Any], Any] | None = None) -> Any:
+    """Compiles an imported module to a `relax.Executable`.
+
+    Args:
+        module: What was imported.
+        machine: What to compile for.
+        tune: Gives functions of the module, after fusion, schedules; those without one then get TVM's plain loops.
+    """
     target = machine.target()
+    plan = gpu.schedule if isinstance(machine, Gpu) else schedule
+    sorting = [relax.backend.DispatchSortScan()] if isinstance(machine, Gpu) else []
     fused = [
+        *sorting,
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
@@ -36,10 +48,11 @@ def build(module: Any, machine: Machine) -> Any:
         relax.transform.AttachGlobalSymbol(),
     ]
 
-    @tvm.transform.module_pass(opt_level=0, name="onnxcomp")  # type: ignore[untyped-decorator]
-    def pipeline(mod: Any, _: Any) -> Any:
+    def pipeline(mod: Any) -> Any:  # no pass of TVM's, which would make RuntimeErrors of interrupts and our errors
         with target:
             mod = tvm.transform.Sequential(fused)(mod)
-            return tvm.transform.Sequential(lowered)(schedule(mod))
+            if tune is not None:
+                mod = tune(mod)
+            return tvm.transform.Sequential(lowered)(plan(mod))
 
     return tvm.compile(module, target=target, relax_pipeline=pipeline)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
 
 from onnxcomp.errors import DeviceError
 from onnxcomp.feeds import check_feed
@@ -39,10 +38,10 @@ def node_times(artifact: Artifact, feed: Feed, *, threads: int, repeat: int) -> 
     loaded = Loaded(artifact, threads)
     check_feed(feed, loaded.inputs)
     values = {
-        **{name: tvm.runtime.tensor(np.asarray(array, order="C")) for name, array in feed.items()},
-        **{s.input: tvm.runtime.tensor(s.zeros()) for s in loaded.states},
+        **{name: loaded.placed(array) for name, array in feed.items()},
+        **{s.input: loaded.placed(s.zeros()) for s in loaded.states},
     }
-    clock = _Clock()
+    clock = _Clock(loaded.device)
     loaded.machine.set_instrument(clock)
     for run in range(_WARMUP + repeat):
         clock.begin(counts=run >= _WARMUP)
@@ -89,7 +88,8 @@ def peak_memory(artifact: Artifact, feed: Feed, *, threads: int) -> int:
 class _Clock:
     """Sums up seconds by name of a kernel and number of its call."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any) -> None:
+        self._device = device
         self.total: dict[tuple[str, int], float] = defaultdict(float)
         self._calls: dict[str, int] = defaultdict(int)
         self._counts = False
@@ -101,8 +101,9 @@ class _Clock:
         self._counts = counts
 
     def __call__(self, _: Any, name: str, before: bool, *__: Any) -> int:
-        now = time.perf_counter()
         if not name.startswith(_RUNTIME):
+            self._device.sync()  # of a GPU, which else has only been told what to do
+            now = time.perf_counter()
             if before:
                 self._start = time.perf_counter()
             else:

@@ -25,6 +25,10 @@ PROGRAM = "onnxcomp-run"
 LIBRARIES = ("libtvm_runtime.so", "libtvm_ffi.so", "libtvm_runtime_extra.so")
 """TVM's runtime; the last of them sorts and draws random numbers, and may be left out for models that do neither."""
 
+GPU_LIBRARY = "libtvm_runtime_cuda.so"
+"""What the runtime needs for kernels of a GPU."""
+
+_ALL = (*LIBRARIES, GPU_LIBRARY)
 _SOURCES = Path(__file__).parent / "runner"
 _PACKAGES = {"apache-tvm": "tvm", "apache-tvm-ffi": "tvm_ffi"}
 _FLAGS = ("-std=c++17", "-O2", "-s", "-Wall", "-Wextra")
@@ -32,12 +36,13 @@ _FLAGS = ("-std=c++17", "-O2", "-s", "-Wall", "-Wextra")
 _LINK_FLAGS = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN")
 
 
-def deploy(triple: str, folder: Path) -> Path:
+def deploy(triple: str, folder: Path, *, gpu: bool = False) -> Path:
     """Puts the runner and TVM's runtime into a folder, which is then ready to be copied to a device.
 
     Args:
         triple: LLVM's target triple of the device.
         folder: Made if it is not there; files of the same names are replaced.
+        gpu: Whether artifacts for a GPU are to run too.
 
     Returns:
         Path of the program in that folder.
@@ -46,6 +51,8 @@ def deploy(triple: str, folder: Path) -> Path:
         CompileError: If the runner cannot be built or the runtime cannot be had.
     """
     files = {PROGRAM: runner(triple), **libraries(triple)}
+    if not gpu:
+        del files[GPU_LIBRARY]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
@@ -91,13 +98,13 @@ def libraries(triple: str) -> Mapping[str, Path]:
     """
     if is_host(triple):
         folders = {name: _package(name) / "lib" for name in _PACKAGES.values()}
-        return {name: folders["tvm_ffi" if name == "libtvm_ffi.so" else "tvm"] / name for name in LIBRARIES}
+        return {name: folders["tvm_ffi" if name == "libtvm_ffi.so" else "tvm"] / name for name in _ALL}
     arch = architecture(triple)
-    folder = _cache() / f"runtime-{arch}-{'-'.join(_versions().values())}"
+    folder = _cache() / f"libraries-{arch}-{'-'.join(_versions().values())}"
     if not folder.is_dir():
         with _new(folder) as new:
             _download(arch, new)
-    return {name: folder / name for name in LIBRARIES}
+    return {name: folder / name for name in _ALL}
 
 
 def _download(arch: str, folder: Path) -> None:
@@ -117,9 +124,9 @@ def _download(arch: str, folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 for info in archive.infolist():
                     name = Path(info.filename).name
-                    if name in LIBRARIES:
+                    if name in _ALL:
                         (folder / name).write_bytes(archive.read(info))
-    if absent := [name for name in LIBRARIES if not (folder / name).is_file()]:
+    if absent := [name for name in _ALL if not (folder / name).is_file()]:
         raise CompileError(f"TVM's packages for {arch} lack {', '.join(absent)}")
 
 

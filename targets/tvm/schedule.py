@@ -17,14 +17,14 @@ def schedule(module: Any) -> Any:
     changed = {}
     for name, function in module.functions.items():
         if isinstance(function, tirx.PrimFunc) and OWN not in (function.attrs or {}):
-            changed[name] = _inlined(function)
+            changed[name] = inlined(function)
     module = tvm.IRModule(dict(module.functions), attrs=module.attrs)
     module.update(tvm.IRModule(changed))
     return module
 
 
-def _inlined(function: Any) -> Any:
-    """The function with every block inlined that is only read by others of it."""
+def inlined(function: Any) -> Any:
+    """The function, named `main`, with every block inlined that is only read by others of it."""
     plan = s_tir.Schedule(function)
     for block in plan.get_child_blocks(plan.get_sblock("root")):
         with suppress(ScheduleError):  # a reduction, or what the function puts out

@@ -37,18 +37,23 @@ class Loaded:
     def __init__(self, artifact: Artifact, threads: int) -> None:
         manifest = artifact.manifest
         try:
-            self.machine = relax.VirtualMachine(_code(artifact.path / CODE), tvm.cpu())
+            self.device = tvm.cuda() if manifest["gpu"] else tvm.cpu()
+            self.machine = relax.VirtualMachine(_code(artifact.path / CODE), self.device)
             tvm.get_global_func("runtime.config_threadpool")(1, threads)
         except Exception as error:
             raise DeviceError(f"{artifact.path / CODE} cannot be loaded: {root_cause(error)}") from error
         arrays = mapped(artifact.path / WEIGHTS, manifest["weights"])
-        self.weights = [tvm.runtime.from_dlpack(array) for array in arrays]
+        self.weights = [self.placed(array) if manifest["gpu"] else tvm.runtime.from_dlpack(array) for array in arrays]
         self.parameters: list[str] = manifest["parameters"]
         self.returns: list[str] = manifest["returns"]
         self.inputs = tensor_specs(manifest["inputs"])
         self.outputs = tensor_specs(manifest["outputs"])
         self.states = tuple(StateSpec.model_validate(s) for s in manifest["state"])
         self.model_hash = model_hash(artifact)
+
+    def placed(self, array: Array) -> Any:
+        """A copy of an array where kernels run."""
+        return tvm.runtime.tensor(np.asarray(array, order="C"), self.device)
 
     def run(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name, as TVM's tensors, of such tensors."""
@@ -64,11 +69,17 @@ def _code(path: Path) -> Any:
 
 
 class TvmSession(Session):
-    """One stream of a loaded artifact; a run that fails leaves its state as it was."""
+    """One stream of a loaded artifact.
+
+    A run that fails leaves the state as it was, unless some of it is in place: that may be half written then, and runs
+    are refused until `reset` or `restore`.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
         self._carried: dict[str, Any] = {}
+        self._in_place = any(s.in_place for s in loaded.states)
+        self._lost = False
         self.reset()
 
     @property
@@ -96,26 +107,36 @@ class TvmSession(Session):
 
         Raises:
             DataError: If the feed does not fit the inputs.
-            DeviceError: If the run fails.
+            DeviceError: If the run fails, or the state was lost in one that did.
         """
         check_feed(feed, self._loaded.inputs)
-        given = {name: tvm.runtime.tensor(np.asarray(array, order="C")) for name, array in feed.items()}
+        self._need_state()
+        self._lost = self._in_place  # should anything end the run, an interrupt included
         try:
+            given = {name: self._loaded.placed(array) for name, array in feed.items()}
             results = self._loaded.run({**given, **self._carried})
+            outputs = {name: results[name].numpy() for name in self._loaded.outputs}  # waits for a GPU
         except Exception as error:
+            lost = "; the streaming state is lost: call reset() or restore()" if self._lost else ""
             raise DeviceError(
                 f"TVM failed while running: {root_cause(error)}; the model takes "
-                f"{describe(self._loaded.inputs.values())}"
+                f"{describe(self._loaded.inputs.values())}{lost}"
             ) from error
         self._carried = {s.input: results[s.output] for s in self.states}
-        return {name: results[name].numpy() for name in self._loaded.outputs}
+        self._lost = False
+        return outputs
 
     def reset(self) -> None:
         """Forgets the streaming state, which is zero then."""
         self.restore({s.input: s.zeros() for s in self.states})
 
     def state(self) -> dict[str, Array]:
-        """Copies of the streaming state by input name."""
+        """Copies of the streaming state by input name.
+
+        Raises:
+            DeviceError: If the state was lost in a run that failed.
+        """
+        self._need_state()
         return {name: np.array(tensor.numpy()) for name, tensor in self._carried.items()}
 
     def restore(self, state: Mapping[str, Array]) -> None:
@@ -125,8 +146,16 @@ class TvmSession(Session):
             DataError: If names, shapes or dtypes are not those of the model; the state then is what it was.
         """
         check_state(state, self.states)
-        self._carried = {name: tvm.runtime.tensor(np.asarray(array, order="C")) for name, array in state.items()}
+        self._carried = {name: self._loaded.placed(array) for name, array in state.items()}
+        self._lost = False
 
     def stream(self) -> TvmSession:
         """Another stream over the same code and weights, which starts from reset."""
         return TvmSession(self._loaded)
+
+    def _need_state(self) -> None:
+        if self._lost:
+            raise DeviceError(
+                "an earlier run failed and may have left the streaming state half written: call reset(), or restore() "
+                "with a state from before"
+            )

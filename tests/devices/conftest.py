@@ -32,7 +32,7 @@ def deployed(monkeypatch):
     """Triples that a runner was asked for; what is given is the stand-in, which copies its input."""
     triples: list[str] = []
 
-    def deploy(triple: str, folder: Path) -> None:
+    def deploy(triple: str, folder: Path, *, gpu: bool) -> None:
         triples.append(triple)
         put_runner(folder, STAND_IN)
 

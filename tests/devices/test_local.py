@@ -95,7 +95,7 @@ def test_what_is_no_artifact(tmp_path, artifact):
 def test_runner_that_prints_nonsense(artifact, monkeypatch):
     from onnxcomp.targets.device import job
 
-    monkeypatch.setattr(job, "deploy_runner", lambda _, folder: put_runner(folder, "#!/bin/sh\n"))
+    monkeypatch.setattr(job, "deploy_runner", lambda _, folder, gpu: put_runner(folder, "#!/bin/sh\n"))
     with pytest.raises(DeviceError, match="cannot be read"):
         api.run_on("local", artifact(), [FEED])
 

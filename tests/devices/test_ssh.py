@@ -233,7 +233,7 @@ def test_command_line_that_is_ended(device, artifact, tmp_path, number):
         "import sys, onnxcomp.cli\n"
         "from onnxcomp.targets.device import job\n"
         "from devices.stand_in import STAND_IN, put_runner\n"
-        "job.deploy_runner = lambda triple, folder: put_runner(folder, STAND_IN)\n"
+        "job.deploy_runner = lambda triple, folder, gpu: put_runner(folder, STAND_IN)\n"
         "onnxcomp.cli.main()\n"
     )
     line = [sys.executable, "-c", code, "profile", artifact("sleep"), "--device", "board"]

@@ -98,7 +98,7 @@ def test_emulated_runner(real_runner, compiled, same, tmp_path):
     api.add_device("arm", "emulated")
     try:
         api.check_device("arm")
-        deploy_runner("aarch64-linux-gnu", tmp_path / "runner")
+        deploy_runner("aarch64-linux-gnu", tmp_path / "runner", gpu=False)
     except DeviceError as error:
         pytest.skip(str(error))
     api.compile(compiled / "mlp.onnx", tmp_path / "artifact", target="tvm-aarch64")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -61,8 +62,25 @@ class Board(BaseModel):
 
 def boards(architecture: str) -> dict[str, Board]:
     """Those that come with onnxcomp, by name, of an architecture as triples name it."""
-    found = {path.stem: _read(path) for path in sorted(Path(__file__).parent.glob("*.toml"))}
-    return {name: board for name, board in found.items() if board.triple.startswith(f"{architecture}-")}
+    return {name: board for name, board in _all().items() if board.triple.startswith(f"{architecture}-")}
+
+
+def cpu_machine(name: str, flags: frozenset[str]) -> Machine:
+    """The machine of any architecture that a name stands for.
+
+    Args:
+        name: A name that comes with onnxcomp, or `host`.
+        flags: Instruction sets of this machine, for `host`.
+
+    Raises:
+        RecipeError: If there is no such board.
+    """
+    known = _all()
+    if name == HOST:
+        name = _host("aarch64" if platform.machine() in ("aarch64", "arm64") else "x86_64", flags)
+    if name not in known:
+        raise RecipeError(unknown("board", name, sorted(known)))
+    return known[name].machine(name)
 
 
 def machine(name: str, architecture: str, flags: frozenset[str]) -> Machine:
@@ -78,7 +96,7 @@ def machine(name: str, architecture: str, flags: frozenset[str]) -> Machine:
         TargetError: If the file is not valid, or of another architecture.
     """
     if name.endswith(".toml"):
-        board = _read(Path(name))
+        board = read(Path(name), Board)
         if not board.triple.startswith(f"{architecture}-"):
             raise TargetError(f"{name} is a board of {board.triple}; this target compiles for {architecture}")
         return board.machine(Path(name).stem)
@@ -101,10 +119,26 @@ def _host(architecture: str, flags: frozenset[str]) -> str:
     return "x86-64-v3" if {"avx2", "fma"} <= flags else "x86-64"
 
 
-def _read(path: Path) -> Board:
+def _all() -> dict[str, Board]:
+    return {path.stem: read(path, Board) for path in sorted(Path(__file__).parent.glob("*.toml"))}
+
+
+_B = TypeVar("_B", bound=BaseModel)
+
+
+def read(path: Path, kind: type[_B]) -> _B:
+    """Reads a board's file.
+
+    Args:
+        path: The file.
+        kind: Model of its content.
+
+    Raises:
+        TargetError: If it cannot be read, or is not such a board.
+    """
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Board.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise TargetError(f"{path} is not a board: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -10,6 +10,7 @@ from onnxcomp.targets.tvm.convert import (
     concat,
     convs,
     delta,
+    delta_maps,
     integers,
     matmul,
     products,
@@ -20,7 +21,7 @@ from onnxcomp.targets.tvm.convert import (
 from onnxcomp.targets.tvm.convert._call import Converter
 
 CONVERTERS: Mapping[str, Converter] = {
-    "Gemm": products.gemm,
+    **products.CONVERTERS,
     **convs.CONVERTERS,
     **rows.CONVERTERS,
     **activations.CONVERTERS,
@@ -30,6 +31,7 @@ CONVERTERS: Mapping[str, Converter] = {
     **sparse.CONVERTERS,
     **integers.CONVERTERS,
     **delta.CONVERTERS,
+    **delta_maps.CONVERTERS,
     **recurrent.CONVERTERS,
 }
 """Op type in the domain `onnxcomp.tvm` to its converter."""

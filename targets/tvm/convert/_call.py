@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,6 +36,10 @@ class Call:
     inputs: Sequence[Expr | None]
     attributes: Mapping[str, Any]
     machine: Machine
+
+    def kernels(self, name: str) -> Any:
+        """The module with kernels of a kind for the machine, as `gemm`."""
+        return importlib.import_module(f"{self.machine.kernels}.{name}")
 
     def shape(self, index: int) -> list[Any]:
         """Dimensions of an input: an int where it is fixed, else an expression."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
 from onnxcomp.targets.tvm.convert._epilogue import epilogue
-from onnxcomp.targets.tvm.kernels import elementwise
 
 
 def activate(call: Call) -> Expr:
@@ -15,7 +14,7 @@ def activate(call: Call) -> Expr:
     shape = call.shape(0)
     size = math.prod(shape)
     fixed = size if isinstance(size, int) else None
-    function = elementwise.activation(call.machine, size=fixed, epilogue=epilogue(call, residual=False))
+    function = call.kernels("elementwise").activation(call.machine, size=fixed, epilogue=epilogue(call, residual=False))
     flat = call.reshaped(call.inputs[0], (size,))
     return call.reshaped(call.tir(function, [flat], shape=(size,), dtype="float32"), shape)
 

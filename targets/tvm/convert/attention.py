@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
-from onnxcomp.targets.tvm.kernels import attention as kernels
+from onnxcomp.targets.tvm.kernels.attention import Layout
 
 
 def attention(call: Call) -> Expr:
@@ -16,7 +16,7 @@ def attention(call: Call) -> Expr:
     channel); and `grouped`, whether the mask has an axis for heads that share keys, whose rows follow each other in q.
     """
     turned = [bool(flag) for flag in call.attributes["swapped"]]
-    layout = kernels.Layout(q=turned[0], k=turned[1], v=turned[2], out=turned[3])
+    layout = Layout(q=turned[0], k=turned[1], v=turned[2], out=turned[3])
     (batch, heads, rows, k_size), (_, _, keys, _) = (_untransposed(call.shape(i), turned[i]) for i in (0, 1))
     v_size = call.shape(2)[3]
     given = list(call.inputs[:3])
@@ -28,7 +28,7 @@ def attention(call: Call) -> Expr:
         leading = [1] * (2 - len(leading)) + leading
         mask = (not _is_one(leading[0]), not _is_one(leading[1]), not _is_one(row))
         given.append(call.reshaped(call.inputs[3], (*leading, row, key)))
-    function = kernels.attention(
+    function = call.kernels("attention").attention(
         call.machine,
         heads=heads,
         rows=_fixed(rows),

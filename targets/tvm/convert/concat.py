@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
-from onnxcomp.targets.tvm.kernels import concat as kernels
 
 
 def concat(call: Call) -> Expr:
@@ -16,6 +15,7 @@ def concat(call: Call) -> Expr:
     first, second = call.shape(0), call.shape(1)
     rows = math.prod(first[:axis])
     columns = [math.prod(shape[axis:]) for shape in (first, second)]
+    kernels = call.kernels("concat")
     function = kernels.concat(call.machine, rows=_fixed(rows), first=_fixed(columns[0]), second=_fixed(columns[1]))
     given = [call.reshaped(call.inputs[i], (rows, columns[i])) for i in (0, 1)]
     joined = call.tir(function, given, shape=(rows, columns[0] + columns[1]), dtype="float32")

@@ -10,9 +10,6 @@ from tvm import relax
 
 from onnxcomp.targets.tvm.convert._call import Call, Expr
 from onnxcomp.targets.tvm.convert._epilogue import epilogue
-from onnxcomp.targets.tvm.kernels import conv as dense
-from onnxcomp.targets.tvm.kernels import depthwise as channelwise
-from onnxcomp.targets.tvm.kernels import pool as pooling
 from onnxcomp.targets.tvm.kernels._window import Window
 
 
@@ -28,8 +25,10 @@ def conv(call: Call) -> Expr:
 
     def kernel(batch: int | None, window: Window) -> Any:
         if not sizes:
-            return channelwise.depthwise(call.machine, batch=batch, window=window, epilogue=end)
-        return dense.conv(call.machine, batch=batch, window=window, n=n, group=group, sizes=sizes, epilogue=end)
+            return call.kernels("depthwise").depthwise(call.machine, batch=batch, window=window, epilogue=end)
+        return call.kernels("conv").conv(
+            call.machine, batch=batch, window=window, n=n, group=group, sizes=sizes, epilogue=end
+        )
 
     return _run(call, n, kernel)
 
@@ -39,7 +38,7 @@ def pool(call: Call) -> Expr:
     counted = call.attributes.get("counted")
 
     def kernel(batch: int | None, window: Window) -> Any:
-        return pooling.pool(
+        return call.kernels("pool").pool(
             call.machine,
             batch=batch,
             window=window,

@@ -9,8 +9,6 @@ from tvm import relax
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
 from onnxcomp.targets.tvm.convert.sparse import several, vector
-from onnxcomp.targets.tvm.kernels import gates, selection
-from onnxcomp.targets.tvm.kernels.sparse_rows import sum_rows
 
 
 class _Changes(NamedTuple):
@@ -47,7 +45,7 @@ def delta_gru(call: Call) -> Expr:
         _sums(call, found, weight, ones, call.inputs[index], (rows, 3 * units))
         for found, weight, index in ((of_x, w, 4), (of_h, r, 5))
     ]
-    function = gates.gru(call.machine, rows=rows, units=units)
+    function = call.kernels("gates").gru(call.machine, rows=rows, units=units)
     inputs = [*totals, x_bias, h_bias, call.reshaped(call.inputs[1], (rows, units))]
     y = call.tir(function, inputs, shape=(rows, units), dtype="float32")
     outputs = (y, of_x.sent, of_h.sent, *totals)
@@ -67,7 +65,7 @@ def delta_lstm(call: Call) -> Expr:
     sums = _sums(call, of_x, w, ones, call.inputs[5], (rows, 4 * units))
     # The total is in the first already: wherever it is left out, what is in the second is not finite, or all of it.
     added = _sums(call, of_h, r, ones, None, (rows, 4 * units))
-    function = gates.lstm(call.machine, rows=rows, units=units)
+    function = call.kernels("gates").lstm(call.machine, rows=rows, units=units)
     inputs = [sums, added, bias, call.reshaped(call.inputs[2], (rows, units))]
     shapes = [((rows, units), "float32"), ((rows, units), "float32"), ((rows, 4 * units), "float32")]
     y, cell, total = several(call, function, inputs, shapes)
@@ -82,7 +80,7 @@ def _changes(
     *leading, k = call.shape(x)
     rows, n = math.prod(leading), call.shape(total)[-1]
     limit, each = vector(call, threshold)
-    function = selection.changed(rows=rows, k=k, n=n, each=each, steps=steps)
+    function = call.kernels("selection").changed(rows=rows, k=k, n=n, each=each, steps=steps)
     inputs = [call.reshaped(call.inputs[index], (rows, size)) for index, size in ((x, k), (last, k), (total, n))]
     inputs += [limit, call.inputs[step] if step is not None else relax.const([0.0], "float32")]
     lists: list[tuple[Any, str]] = [((rows, k), "float32"), ((rows, k), "int32"), ((rows,), "int32")]
@@ -92,7 +90,9 @@ def _changes(
 def _sums(call: Call, found: _Changes, w: Expr, scale: Expr, total: Expr | None, shape: Any) -> Expr:
     k, n = (int(d) for d in w.ty.shape)
     rows = math.prod(shape[:-1])
-    function = sum_rows(call.machine, rows=rows, k=k, n=n, dtype=str(w.ty.dtype), carried=total is not None)
+    function = call.kernels("sparse_rows").sum_rows(
+        call.machine, rows=rows, k=k, n=n, dtype=str(w.ty.dtype), carried=total is not None
+    )
     inputs = [found.values, found.places, found.counts, w, scale]
     if total is not None:
         inputs += [found.afresh, call.reshaped(total, (rows, n))]

@@ -15,7 +15,6 @@ from tvm import relax
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
 from onnxcomp.targets.tvm.convert._epilogue import epilogue
-from onnxcomp.targets.tvm.kernels import int8_conv, int8_depthwise, int8_dynamic, int8_elementwise, int8_gemm
 from onnxcomp.targets.tvm.kernels._int8_window import Window
 from onnxcomp.targets.tvm.kernels.int8_output import Codes, Floats
 
@@ -26,7 +25,9 @@ def gemm(call: Call) -> Expr:
     n = int(call.attributes["n"])
     rows = math.prod(leading)
     output = _output(call)
-    function = int8_gemm.gemm(call.machine, rows=_fixed(rows), k=k, n=n, dtype=call.dtype(0), output=output)
+    function = call.kernels("int8_gemm").gemm(
+        call.machine, rows=_fixed(rows), k=k, n=n, dtype=call.dtype(0), output=output
+    )
     inputs = [call.reshaped(call.inputs[0], (rows, k)), *call.inputs[1:4]]
     if output.residual:
         inputs.append(call.reshaped(call.inputs[4], (rows, n)))
@@ -43,7 +44,7 @@ def conv(call: Call) -> Expr:
     window, n, output = _window(call), int(call.attributes["n"]), _output(call)
     if window.pointwise and not call.attributes.get("planar", 0):
         return gemm(call)
-    function = int8_conv.conv(
+    function = call.kernels("int8_conv").conv(
         call.machine,
         batch=_fixed(batch),
         window=window,
@@ -66,7 +67,7 @@ def depthwise(call: Call) -> Expr:
     """`QDepthwise(x (B, H, W, C), weight, offset, affine)`, attributes as of `conv` without `n`."""
     batch, _, _, channels = call.shape(0)
     window, output = _window(call), _output(call)
-    function = int8_depthwise.depthwise(
+    function = call.kernels("int8_depthwise").depthwise(
         call.machine,
         batch=_fixed(batch),
         window=window,
@@ -79,10 +80,10 @@ def depthwise(call: Call) -> Expr:
 
 
 def mean(call: Call) -> Expr:
-    """`QMean(x (B, H, W, C))` gives (B, 1, 1, C); attributes `x_zero`, `scale` of a mean, and those of an output."""
+    """`QMean(x (B, H, W, C))` gives (B, 1, 1, C); attributes `x_zero`, `scale` of a sum, and those of an output."""
     batch, high, wide, channels = call.shape(0)
     output, pixels = _output(call), high * wide
-    function = int8_elementwise.mean(
+    function = call.kernels("int8_elementwise").mean(
         call.machine,
         batch=_fixed(batch),
         pixels=pixels,
@@ -91,7 +92,7 @@ def mean(call: Call) -> Expr:
         zero=int(call.attributes["x_zero"]),
         output=output,
     )
-    inputs = [call.reshaped(call.inputs[0], (batch, pixels, channels)), _scale(call, pixels)]
+    inputs = [call.reshaped(call.inputs[0], (batch, pixels, channels)), _scale(call)]
     found = call.tir(function, inputs, shape=(batch, channels), dtype=output.dtype)
     return call.reshaped(found, (batch, 1, 1, channels))
 
@@ -100,7 +101,7 @@ def add(call: Call) -> Expr:
     """`QAdd(a, b)` of one shape; attributes `ratios`, `offset` and those of codes. See the kernel."""
     ratios = tuple(map(float, call.attributes["ratios"]))
     size, codes = _size(call), _codes(call)
-    function = int8_elementwise.add(
+    function = call.kernels("int8_elementwise").add(
         call.machine,
         size=_fixed(size),
         dtype=call.dtype(0),
@@ -114,7 +115,7 @@ def add(call: Call) -> Expr:
 def multiply(call: Call) -> Expr:
     """`QMul(a, b)` of one shape; attributes `zeros`, `scale` and those of codes. See the kernel."""
     codes = _codes(call)
-    function = int8_elementwise.multiply(
+    function = call.kernels("int8_elementwise").multiply(
         call.machine,
         size=_fixed(_size(call)),
         dtype=call.dtype(0),
@@ -128,7 +129,9 @@ def multiply(call: Call) -> Expr:
 def table(call: Call) -> Expr:
     """`QTable(x, table (256))`, the table of the output's type, by the byte."""
     out = call.dtype(1)
-    function = int8_elementwise.table(call.machine, size=_fixed(_size(call)), dtype=call.dtype(0), out=out)
+    function = call.kernels("int8_elementwise").table(
+        call.machine, size=_fixed(_size(call)), dtype=call.dtype(0), out=out
+    )
     shape = call.shape(0)
     flat = [call.reshaped(call.inputs[0], (_size(call),)), call.inputs[1]]
     return call.reshaped(call.tir(function, flat, shape=(_size(call),), dtype=out), shape)
@@ -137,13 +140,13 @@ def table(call: Call) -> Expr:
 def quantize(call: Call) -> Expr:
     """`Quantize(x)` float32, attributes `scale` and those of codes."""
     codes = _codes(call)
-    function = int8_elementwise.quantize(call.machine, size=_fixed(_size(call)), codes=codes)
+    function = call.kernels("int8_elementwise").quantize(call.machine, size=_fixed(_size(call)), codes=codes)
     return _flat(call, function, codes.dtype, 1, _scale(call))
 
 
 def dequantize(call: Call) -> Expr:
     """`Dequantize(x)` to float32, attributes `scale` and `zero`."""
-    function = int8_elementwise.dequantize(
+    function = call.kernels("int8_elementwise").dequantize(
         call.machine, size=_fixed(_size(call)), dtype=call.dtype(0), zero=int(call.attributes["zero"])
     )
     return _flat(call, function, "float32", 1, _scale(call))
@@ -152,34 +155,34 @@ def dequantize(call: Call) -> Expr:
 def dynamic_range(call: Call) -> Expr:
     """`DynamicRange(x)` float32 gives scale and zero point of all of it, (2) float32."""
     size = _size(call)
-    function = int8_dynamic.value_range(call.machine, size=_fixed(size))
+    function = call.kernels("int8_dynamic").value_range(call.machine, size=_fixed(size))
     flat = [call.reshaped(call.inputs[0], (size,)), relax.const(np.zeros(1, np.float32))]
     return call.tir(function, flat, shape=(2,), dtype="float32")
 
 
 def dynamic_quantize(call: Call) -> Expr:
     """`DynamicQuantize(x, parameters)`, those of `DynamicRange`, to uint8."""
-    function = int8_dynamic.quantize(call.machine, size=_fixed(_size(call)))
+    function = call.kernels("int8_dynamic").quantize(call.machine, size=_fixed(_size(call)))
     return _flat(call, function, "uint8", 1, call.inputs[1])
 
 
 def dynamic_offset(call: Call) -> Expr:
     """`DynamicOffset(parameters, totals (columns) int32)`: the offset of a `QGemm`."""
     (columns,) = call.shape(1)
-    function = int8_dynamic.offset(call.machine, columns=columns)
+    function = call.kernels("int8_dynamic").offset(call.machine, columns=columns)
     return call.tir(function, call.inputs, shape=(columns,), dtype="int32")
 
 
 def dynamic_affine(call: Call) -> Expr:
     """`DynamicAffine(parameters, affine (2, columns))`: scale and bias of a `QGemm`."""
     _, columns = call.shape(1)
-    function = int8_dynamic.affine(call.machine, columns=columns)
+    function = call.kernels("int8_dynamic").affine(call.machine, columns=columns)
     return call.tir(function, call.inputs, shape=(2, columns), dtype="float32")
 
 
-def _scale(call: Call, count: int = 1) -> Expr:
-    """The scale, divided by `count`, as a tensor of one value."""
-    return relax.const(np.array([call.attributes["scale"]], np.float32) / np.float32(count))
+def _scale(call: Call) -> Expr:
+    """The scale as a tensor of one value."""
+    return relax.const(np.array([call.attributes["scale"]], np.float32))
 
 
 def _fixed(size: Any) -> int | None:

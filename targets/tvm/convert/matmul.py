@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
-from onnxcomp.targets.tvm.kernels import matmul as kernels
 
 
 def matmul(call: Call) -> Expr:
@@ -20,7 +19,7 @@ def matmul(call: Call) -> Expr:
         outer, x_has, w_has, rows = [1], [True], [True], outer[0] * m
     else:
         rows = m
-    function = kernels.matmul(
+    function = call.kernels("matmul").matmul(
         call.machine,
         outer=tuple(map(_fixed, outer)),
         x_has=tuple(x_has),

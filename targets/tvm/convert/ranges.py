@@ -9,12 +9,12 @@ from tvm import relax, tirx
 from tvm.sym.analyzer import Analyzer, ConstIntBound
 from tvm.tirx.analysis import undefined_vars
 
-from onnxcomp.targets.tvm.convert._call import kernel_call
-from onnxcomp.targets.tvm.kernels.ranges import numbers
+from onnxcomp.targets.tvm.convert._call import Call, Expr, kernel_call
 
 
-def between_sizes(builder: Any, start: Any, limit: Any, step: Any) -> Any | None:
-    """The range as an int64 tensor; None if it is not one of whole numbers between sizes, with a constant step."""
+def between_sizes(call: Call) -> Expr | None:
+    """`Range(start, limit, step)` as an int64 tensor; None unless it is between sizes, with a constant step."""
+    start, limit, step = call.inputs
     ends, by = [_size(start), _size(limit)], _size(step)
     if any(end is None for end in ends) or not isinstance(by, int) or by < 1:
         return None
@@ -22,7 +22,7 @@ def between_sizes(builder: Any, start: Any, limit: Any, step: Any) -> Any | None
         return None  # a constant, which TVM computes
     first, last = (tirx.const(end, "int64") if isinstance(end, int) else end for end in ends)
     output = relax.TensorType((_length(first, last, by),), "int64")
-    return kernel_call(builder, "Range", numbers(by), [first], output)
+    return kernel_call(call.builder, call.kind, call.kernels("ranges").numbers(by), [first], output)
 
 
 def _length(first: Any, last: Any, step: int) -> Any:

@@ -6,7 +6,7 @@ from tvm import relax
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
 from onnxcomp.targets.tvm.convert.sparse import several
-from onnxcomp.targets.tvm.kernels.recurrent import GATES, Cell, recurrent
+from onnxcomp.targets.tvm.kernels.recurrent import GATES, Cell
 
 
 def layer(call: Call) -> Expr:
@@ -35,7 +35,7 @@ def layer(call: Call) -> Expr:
         inputs = [call.inputs[0], *states, *call.inputs[first : first + 3]]
         assert call.shape(0)[2] == directions * GATES[kind] * units
         shapes = [((steps, rows, units), "float32"), *[((rows, units), "float32")] * (1 + lstm)]
-        y, *last = several(call, recurrent(call.machine, cell), inputs, shapes)
+        y, *last = several(call, call.kernels("recurrent").recurrent(call.machine, cell), inputs, shapes)
         found.append([call.reshaped(y, (steps, 1, rows, units)), *[call.reshaped(v, (1, rows, units)) for v in last]])
     outputs = list(zip(*found, strict=True))[: int(call.attributes["outputs"])]
     joined = [

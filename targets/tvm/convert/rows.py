@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcomp.targets.tvm.convert._call import Call, Converter, Expr
-from onnxcomp.targets.tvm.kernels import norm as norm_kernels
-from onnxcomp.targets.tvm.kernels import softmax as softmax_kernels
 
 
 def softmax(call: Call) -> Expr:
@@ -25,7 +23,7 @@ def softmax(call: Call) -> Expr:
         outer, has = merged(leading, call.shape(1)[:-1])
         shape = [size if own else 1 for size, own in zip(outer, has, strict=True)]
         given = [call.reshaped(x, (*outer, n)), call.reshaped(mask, (*shape, n))]
-    function = softmax_kernels.softmax(
+    function = call.kernels("softmax").softmax(
         call.machine, outer=tuple(map(_fixed, outer)), n=_fixed(n), mask=has, scale=scale
     )
     return call.reshaped(call.tir(function, given, shape=(*outer, n), dtype="float32"), (*leading, n))
@@ -67,7 +65,7 @@ def _norm(call: Call, *, centred: bool) -> Expr:
     count = math.prod(rows)
     given = [call.reshaped(call.inputs[0], (count, n))]
     given += [call.reshaped(v, (n,)) for v in call.inputs[1:] if v is not None]
-    function = norm_kernels.norm(
+    function = call.kernels("norm").norm(
         call.machine,
         rows=_fixed(count),
         n=n,

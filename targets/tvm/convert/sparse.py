@@ -9,9 +9,6 @@ from typing import Any
 from tvm import relax
 
 from onnxcomp.targets.tvm.convert._call import OPAQUE, Call, Converter, Expr
-from onnxcomp.targets.tvm.kernels import gated_mlp as gated
-from onnxcomp.targets.tvm.kernels import nm, selection
-from onnxcomp.targets.tvm.kernels.sparse_rows import sum_rows, sum_rows_int4
 from onnxcomp.targets.tvm.nodes import OWN
 
 _Selection = tuple[Expr, Expr, Expr]
@@ -57,7 +54,7 @@ def sparse_matmul(call: Call) -> Expr:
     x, rows, k = flat(call, 0)
     n, weight = int(call.attributes["n"]), call.inputs[1:4]
     if call.text("select") == "largest":
-        found = _listed(call, selection.largest(rows=fixed(rows), k=k), [x, call.inputs[-1]], rows, k)
+        found = _listed(call, call.kernels("selection").largest(rows=fixed(rows), k=k), [x, call.inputs[-1]], rows, k)
     else:
         found = _above(call, x, rows, k)
     return call.reshaped(_sums(call, found, rows, k, n, weight), (*call.shape(0)[:-1], n))
@@ -71,9 +68,9 @@ def gated_mlp(call: Call) -> Expr:
     up, down = call.inputs[2 : 2 + parts], call.inputs[2 + parts : 2 + 2 * parts]
     values, places, counts = _above(call, gates, rows, f)
     if parts == 3:
-        function = gated.neurons_int4(call.machine, rows=fixed(rows), k=k, f=f, **_scales(up))
+        function = call.kernels("gated_mlp").neurons_int4(call.machine, rows=fixed(rows), k=k, f=f, **_scales(up))
     else:
-        function = gated.neurons(call.machine, rows=fixed(rows), k=k, f=f, dtype=call.dtype(2))
+        function = call.kernels("gated_mlp").neurons(call.machine, rows=fixed(rows), k=k, f=f, dtype=call.dtype(2))
     hidden = call.tir(function, [values, places, counts, x, *up], shape=(rows, f), dtype="float32")
     return call.reshaped(_sums(call, (hidden, places, counts), rows, f, n, down), (*call.shape(0)[:-1], n))
 
@@ -82,7 +79,7 @@ def nm_matmul(call: Call) -> Expr:
     """`NmMatMul(x (..., K), values, places, scale)`; see `onnxcomp.targets.tvm.lower.nm`."""
     x, rows, k = flat(call, 0)
     n, kept = int(call.attributes["n"]), int(call.attributes["kept"])
-    function = nm.nm_matmul(call.machine, rows=fixed(rows), k=k, n=n, kept=kept, dtype=call.dtype(1))
+    function = call.kernels("nm").nm_matmul(call.machine, rows=fixed(rows), k=k, n=n, kept=kept, dtype=call.dtype(1))
     found = call.tir(function, [x, *call.inputs[1:]], shape=(rows, n), dtype="float32")
     return call.reshaped(found, (*call.shape(0)[:-1], n))
 
@@ -90,7 +87,7 @@ def nm_matmul(call: Call) -> Expr:
 def _above(call: Call, x: Expr, rows: Any, k: int) -> _Selection:
     threshold, each = vector(call, len(call.inputs) - 1)
     one_sided = bool(call.attributes.get("one_sided", 0))
-    function = selection.above(rows=fixed(rows), k=k, each=each, one_sided=one_sided)
+    function = call.kernels("selection").above(rows=fixed(rows), k=k, each=each, one_sided=one_sided)
     return _listed(call, function, [x, threshold], rows, k)
 
 
@@ -102,10 +99,14 @@ def _listed(call: Call, function: Any, inputs: Sequence[Expr], rows: Any, k: int
 
 def _sums(call: Call, found: _Selection, rows: Any, k: int, n: int, weight: Sequence[Expr]) -> Expr:
     if call.text("format") == "int4":
-        function = sum_rows_int4(call.machine, rows=fixed(rows), k=k, n=n, **_scales(weight))
+        function = call.kernels("sparse_rows").sum_rows_int4(
+            call.machine, rows=fixed(rows), k=k, n=n, **_scales(weight)
+        )
     else:
         weight = weight[:2]
-        function = sum_rows(call.machine, rows=fixed(rows), k=k, n=n, dtype=str(weight[0].ty.dtype))
+        function = call.kernels("sparse_rows").sum_rows(
+            call.machine, rows=fixed(rows), k=k, n=n, dtype=str(weight[0].ty.dtype)
+        )
     return call.tir(function, [*found, *weight], shape=(rows, n), dtype="float32")
 
 

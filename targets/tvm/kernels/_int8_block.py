@@ -41,11 +41,13 @@ class Panels:
     def vectors(self) -> int:
         """Vectors of a panel: as many as leave the fewest columns idle.
 
-        Where vectors are short, a word that is spread out has to serve many of them; else two or three will do.
+        Where vectors are short, a word that is spread out has to serve many of them; else two or three will do. On a
+        GPU a panel is what a block of threads makes.
         """
         total, widest = -(-self.n // self.lanes), _WIDEST if self.machine.registers >= 32 else 2
-        best = {"sdot": 6, "mull": 4}.get(int8_dot.way(self.machine), 2.4)
-        return min(range(1, widest + 1), key=lambda v: (-(-total // v) * v, abs(v - best)))
+        best = {"sdot": 6, "mull": 4, "dp4a": 4}.get(int8_dot.way(self.machine), 2.4)
+        choices = (1, 2, 4) if int8_dot.way(self.machine) == "dp4a" else range(1, widest + 1)
+        return min(choices, key=lambda v: (-(-total // v) * v, abs(v - best)))
 
     @property
     def columns(self) -> int:

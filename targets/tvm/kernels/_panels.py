@@ -18,28 +18,45 @@ HEIGHTS = (4, 1)
 """Rows of the blocks that are used where a whole one does not fit."""
 
 
+def by_lane(machine: Machine) -> bool:
+    """Whether a product takes one lane of a vector, as on NEON, where to spread a value costs as much as a product."""
+    return machine.lanes == 4 and machine.registers >= 32
+
+
 def multiply(machine: Machine) -> Any:
     """A macro that adds `x @ w` to sums, vector `v` of row `i` at `i * vectors + v`.
 
     Its arguments are the sums (local, height * vectors), x with first value and row distance, w likewise, the number of
     columns of x, and the height and the number of vectors of the block.
     """
-    lanes = machine.lanes
+    lanes, several = machine.lanes, by_lane(machine)
 
     def wide_at(vector: Any) -> Any:
         return T.ramp(vector * lanes, 1, lanes)
 
     @T.inline
+    def step(sums, w, w_at, values, each, first, height, vectors):
+        for i in T.unroll(height):
+            for v in T.unroll(vectors):
+                c = T.meta_var(wide_at(i * vectors + v))
+                factor = T.meta_var(T.broadcast(values[first + i * each], lanes))
+                sums[c] = sums[c] + factor * w[T.ramp(w_at + v * lanes, 1, lanes)]
+
+    @T.inline
     def run(sums, x, x_at, x_row, w, w_at, w_row, k, height, vectors):
-        for j in T.serial(k):
-            for i in T.unroll(height):
-                for v in T.unroll(vectors):
-                    c = T.meta_var(wide_at(i * vectors + v))
-                    sums[c] = (
-                        sums[c]
-                        + T.broadcast(x[x_at + i * x_row + j], lanes)
-                        * w[T.ramp(w_at + j * w_row + v * lanes, 1, lanes)]
-                    )
+        if several:
+            some = T.alloc_buffer((height * lanes,), "float32", annotations=ON_STACK)
+            for j in T.serial(k // lanes):
+                for i in T.unroll(height):
+                    some[wide_at(i)] = x[T.ramp(x_at + i * x_row + j * lanes, 1, lanes)]
+                for c in T.unroll(lanes):
+                    step(sums, w, w_at + (j * lanes + c) * w_row, some, lanes, c, height, vectors)
+            for j in T.serial(k % lanes):
+                at = T.meta_var(k // lanes * lanes + j)
+                step(sums, w, w_at + at * w_row, x, x_row, x_at + at, height, vectors)
+        else:
+            for j in T.serial(k):
+                step(sums, w, w_at + j * w_row, x, x_row, x_at + j, height, vectors)
 
     return run
 

@@ -74,6 +74,8 @@ def _by_lane(machine: Machine) -> bool:
 def choose(machine: Machine, row: int, n: int) -> list[int]:
     """Vectors of each panel of `n` output channels (of a group) that compute rows of `row` pixels fastest."""
     total = -(-n // machine.lanes)
+    if machine.dot == "dp4a":
+        return [total]  # a GPU cuts the columns as it likes
     best: tuple[float, list[int]] | None = None
     for vectors in (2, 3, 1, 4, 6, 8):
         if _high(machine, vectors) < 1 or (vectors > 2 and vectors > total):
@@ -100,7 +102,7 @@ def panels(machine: Machine, sizes: Sequence[int], n: int) -> list[Panels]:
         left = n - column
         full = min(size, left // lanes)
         filled = left - full * lanes if full < size else 0
-        tail = max(2, 1 << (filled - 1).bit_length()) if filled else 0
+        tail = max(2, lanes // 8, 1 << (filled - 1).bit_length()) if filled else 0
         last = runs[-1] if runs else None
         if last is not None and (last.full, last.tail) == (full, tail):
             runs[-1] = Panels(**{**vars(last), "count": last.count + 1})

@@ -9,8 +9,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from onnxcomp.ops import GROUP
+from onnxcomp.target import Array
 from onnxcomp.targets.tvm.kernels import vector_math as vm
-from onnxcomp.targets.tvm.kernels.sparse_rows import fetch, int4_columns, int4_shape, sixteen_plus
+from onnxcomp.targets.tvm.kernels._int4_dots import has_dots, int4_dots, pack_int4_rows
+from onnxcomp.targets.tvm.kernels._prefetch import fetch
+from onnxcomp.targets.tvm.kernels.int4 import int4_columns, int4_shape, pack_int4, sixteen_plus
 from onnxcomp.targets.tvm.machine import Machine
 
 _SUMS = 4
@@ -76,11 +79,24 @@ def neurons(machine: Machine, *, rows: int | None, k: int, f: int, dtype: str) -
     return kernel
 
 
+def pack_neurons_int4(machine: Machine, weight: Array) -> Array:
+    """4-bit integers as `neurons_int4` takes them.
+
+    Args:
+        machine: What for.
+        weight: uint8 (F, K/2), low bits first.
+
+    Returns:
+        int32, see `int4.int4_shape`.
+    """
+    return pack_int4_rows(machine, weight) if has_dots(machine) else pack_int4(machine, weight)
+
+
 @cache
 def neurons_int4(machine: Machine, *, rows: int | None, k: int, f: int, scale: str, zeros: bool) -> Any:
     """Kernel `(gates (rows, F), places, counts (rows,), x (rows, K), u, scale (F, G), zero, y (rows, F))`, G = K / 32.
 
-    As `neurons`, of 4-bit integers as `sparse_rows.pack_int4` packs (F, K / 2).
+    As `neurons`, of 4-bit integers as `pack_neurons_int4` packs (F, K / 2).
 
     Args:
         machine: What it is for.
@@ -90,6 +106,8 @@ def neurons_int4(machine: Machine, *, rows: int | None, k: int, f: int, scale: s
         scale: Type of the scales, float32 or float16.
         zeros: Zero points are (F, G); else there is a single one, (1,). Both uint8.
     """
+    if has_dots(machine):
+        return int4_dots(machine, rows=rows, k=k, f=f, scale=scale, zeros=zeros)
     lanes = machine.lanes
     columns, groups = int4_columns(machine), k // GROUP
     vectors = int4_shape(machine, f, k)[1]

@@ -11,13 +11,15 @@ from tvm.script import tirx as T
 
 from onnxcomp.target import Array
 from onnxcomp.targets.tvm.kernels._epilogue import Epilogue
-from onnxcomp.targets.tvm.kernels._panels import ON_STACK
+from onnxcomp.targets.tvm.kernels._panels import ON_STACK, by_lane
 from onnxcomp.targets.tvm.machine import Machine
 
 
 def tile(machine: Machine) -> tuple[int, int]:
     """Rows and vectors of a block of the output whose sums stay in registers."""
-    return (12, 2) if machine.registers >= 32 and machine.lanes >= 16 else (8, 3) if machine.registers >= 32 else (6, 2)
+    if machine.registers < 32:
+        return 6, 2
+    return (12, 2) if machine.lanes >= 16 else (6, 3) if by_lane(machine) else (8, 3)
 
 
 def width(machine: Machine) -> int:
@@ -64,6 +66,7 @@ def gemm(machine: Machine, *, rows: int | None, k: int, n: int, epilogue: Epilog
     panels = packed_shape(machine, k, n)[0]
     last = n - (panels - 1) * columns
     residual = epilogue.residual
+    steps = k // lanes if by_lane(machine) else 0
     m = tirx.Var("rows", "int64") if rows is None else rows
 
     def at(vector: Any) -> Any:
@@ -74,11 +77,23 @@ def gemm(machine: Machine, *, rows: int | None, k: int, n: int, epilogue: Epilog
         sums = T.alloc_buffer((height * vectors * lanes,), "float32", annotations=ON_STACK)
         for i in T.unroll(height * vectors):
             sums[at(i)] = T.broadcast(T.float32(0), lanes)  # with the bias, LLVM would keep sums in memory
-        for j in T.serial(k):
+        if steps > 0:
+            some = T.alloc_buffer((height * lanes,), "float32", annotations=ON_STACK)
+            for j in T.serial(steps):
+                for i in T.unroll(height):
+                    some[at(i)] = x[row + i, at(j)]
+                for c in T.unroll(lanes):
+                    for i in T.unroll(height):
+                        for v in T.unroll(vectors):
+                            place = T.meta_var(at(i * vectors + v))
+                            factor = T.meta_var(T.broadcast(some[i * lanes + c], lanes))
+                            sums[place] = sums[place] + factor * w[panel, j * lanes + c, at(v)]
+        for j in T.serial(k - steps * lanes):
             for i in T.unroll(height):
                 for v in T.unroll(vectors):
                     place = T.meta_var(at(i * vectors + v))
-                    sums[place] = sums[place] + T.broadcast(x[row + i, j], lanes) * w[panel, j, at(v)]
+                    factor = T.meta_var(T.broadcast(x[row + i, steps * lanes + j], lanes))
+                    sums[place] = sums[place] + factor * w[panel, steps * lanes + j, at(v)]
         for i in T.unroll(height * vectors):
             sums[at(i)] = sums[at(i)] + b[at(panel * vectors + i % vectors)]
         if filled == columns:

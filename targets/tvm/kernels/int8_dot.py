@@ -23,8 +23,9 @@ GROUP = 4
 _FLIP = -(2**31) + 0x00808080
 
 
-Way = Literal["vnni", "madd", "sdot", "mull", "plain"]
-"""How the products are summed: VPDPBUSD, VPMADDWD or PMADDWD of 16-bit pairs, SDOT, SMULL and SADALP, or plain code."""
+Way = Literal["vnni", "madd", "sdot", "mull", "dp4a", "plain"]
+"""How the products are summed: VPDPBUSD, VPMADDWD or PMADDWD of 16-bit pairs, SDOT, SMULL and SADALP, DP4A of a GPU, or
+plain code."""
 
 
 def way(machine: Machine) -> Way:
@@ -32,8 +33,8 @@ def way(machine: Machine) -> Way:
     match machine.dot:
         case "vnni512" | "vnni256":
             return "vnni"
-        case "sdot":
-            return "sdot"
+        case "sdot" | "dp4a":
+            return machine.dot
         case "avx2":
             return "madd"
     if machine.triple.startswith("x86_64"):
@@ -42,13 +43,13 @@ def way(machine: Machine) -> Way:
 
 
 def lanes(machine: Machine) -> int:
-    """Sums in a vector."""
-    return {"vnni512": 16, "vnni256": 8, "avx2": 8, "sdot": 4, "none": 4}[machine.dot]
+    """Sums in a vector; on a GPU, in a warp."""
+    return {"vnni512": 16, "vnni256": 8, "avx2": 8, "sdot": 4, "dp4a": 32, "none": 4}[machine.dot]
 
 
 def unsigned(machine: Machine) -> bool:
     """Whether activations have to be uint8; else int8."""
-    return way(machine) not in ("sdot", "mull")
+    return way(machine) not in ("sdot", "mull", "dp4a")
 
 
 def flipped(machine: Machine, dtype: str) -> bool:
@@ -84,7 +85,7 @@ def pack(machine: Machine, weight: Array) -> Array:
 
 
 def dot(machine: Machine, sums: Any, words: Any, weights: Callable[[int, int], Any]) -> Any:
-    """`sums` plus four products a lane.
+    """`sums` plus four products a lane, on a CPU.
 
     Args:
         machine: What it is for.

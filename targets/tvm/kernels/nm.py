@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from onnxcomp.targets.tvm.kernels.sparse_rows import fetch
+from onnxcomp.targets.tvm.kernels._prefetch import fetch
 from onnxcomp.targets.tvm.machine import Machine
 
 COLUMNS = 16
@@ -34,8 +34,8 @@ _INFINITY = 0x7F800000
 
 
 def selects(machine: Machine) -> bool:
-    """Whether vectors of a machine have an instruction that selects among four floats."""
-    return machine.lanes in (8, 16) and machine.triple.startswith("x86_64")
+    """Whether a machine selects among four floats by one instruction: on vectors, or by a load of a GPU's thread."""
+    return machine.dot == "dp4a" or (machine.lanes in (8, 16) and machine.triple.startswith("x86_64"))
 
 
 def rounds(machine: Machine, dtype: str) -> bool:

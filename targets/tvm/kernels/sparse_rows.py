@@ -9,13 +9,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
 
 from onnxcomp.ops import GROUP
-from onnxcomp.target import Array
-from onnxcomp.targets.tvm.kernels._many_rows import FEWEST_ROWS, VECTORS, panel_product, scatter
+from onnxcomp.targets.tvm.kernels._joint_rows import joint_rows
+from onnxcomp.targets.tvm.kernels._many_rows import AHEAD, DEPTH, FEWEST_ROWS, VECTORS, across, panel_product, scatter
+from onnxcomp.targets.tvm.kernels._prefetch import LINE, fetch
+from onnxcomp.targets.tvm.kernels.int4 import NIBBLES, int4_columns, int4_shape, sixteen_plus
 from onnxcomp.targets.tvm.machine import Machine
 
 _TOGETHER = 4
@@ -24,65 +25,6 @@ _TOGETHER = 4
 _BLOCK = {"float32": 2048, "int8": 4096, "int4": 4096}
 """Columns whose sums are held at most; also the part of a product that one thread does. Runs of a row shorter than a
 page of memory are slower."""
-
-_LINE = 64
-"""Bytes that come from memory at once."""
-
-_NIBBLES = 8
-"""4-bit integers in a word."""
-
-_SIXTEEN = 0x41800000
-"""Bits of 16.0; a 4-bit integer in the highest bits of its mantissa adds as much to it."""
-
-
-def int4_columns(machine: Machine) -> int:
-    """Columns of a vector of words of 4-bit integers."""
-    return _NIBBLES * machine.lanes
-
-
-def int4_shape(machine: Machine, rows: int, columns: int) -> tuple[int, int, int]:
-    """Shape of packed 4-bit integers, int32: rows, vectors of words, lanes."""
-    return rows, -(-columns // int4_columns(machine)), machine.lanes
-
-
-def pack_int4(machine: Machine, weight: Array) -> Array:
-    """4-bit integers so that one shift of a vector of words gives floats of columns that lie together.
-
-    Args:
-        machine: What for.
-        weight: uint8 (R, C/2), low bits first.
-
-    Returns:
-        int32, see `int4_shape`; nibble `s` of lane `l` is that of column `s * lanes + l`.
-    """
-    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(len(weight), -1).astype(np.uint32)
-    rows, vectors, lanes = int4_shape(machine, *codes.shape)
-    wide = np.pad(codes, [(0, 0), (0, vectors * int4_columns(machine) - codes.shape[1])])
-    nibbles = wide.reshape(rows, vectors, _NIBBLES, lanes)
-    shifts = np.arange(0, 4 * _NIBBLES, 4, dtype=np.uint32)[:, None]
-    return np.bitwise_or.reduce(nibbles << shifts, axis=2).view(np.int32)
-
-
-def sixteen_plus(words: Any, nibble: Any, lanes: int) -> Any:
-    """16 + a nibble of each word of an int32 vector, as float32.
-
-    Args:
-        words: The vector.
-        nibble: Which one, an expression that is constant once loops are unrolled.
-        lanes: Words.
-    """
-    shift = 19 - 4 * nibble  # to the highest bits of a mantissa
-    left = T.shift_left(words, T.broadcast(T.max(shift, 0), lanes))
-    right = T.shift_right(words, T.broadcast(T.max(0 - shift, 0), lanes))
-    moved = T.if_then_else(shift >= 0, left, right)
-    bits = T.bitwise_or(T.bitwise_and(moved, T.broadcast(15 << 19, lanes)), T.broadcast(_SIXTEEN, lanes))
-    return T.reinterpret(f"float32x{lanes}", bits)
-
-
-@T.inline
-def fetch(element):
-    """Asks for the line of an element, into the second-level cache so that the sums stay in the first."""
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(element), 0, 2, 1))
 
 
 @cache
@@ -100,7 +42,7 @@ def sum_rows(machine: Machine, *, rows: int | None, k: int, n: int, dtype: str, 
         carried: `total`, (rows, N), is added where `afresh`, int32 (rows,), is 0.
     """
     lanes = machine.lanes
-    step = max(lanes, _LINE if dtype == "int8" else _LINE // 4)
+    step = max(lanes, LINE if dtype == "int8" else LINE // 4)
     m = tirx.Var("rows", "int64") if rows is None else rows
     steps = n // step
     blocks = max(1, -(-steps * step // _BLOCK[dtype]))
@@ -144,63 +86,81 @@ def sum_rows(machine: Machine, *, rows: int | None, k: int, n: int, dtype: str, 
                 ) * T.Cast(floats, w[at[0], T.ramp(begin + j * lanes, 1, lanes)])
 
     wide = VECTORS * lanes
-    fill, product = scatter(), panel_product(machine, k, n)
+    size_of_panel = wide * (1 if dtype == "int8" else 4)
+    of_line, lines = max(1, LINE // size_of_panel), max(1, size_of_panel // LINE)
+    fill, product = scatter(), panel_product(machine, n)
 
     @T.inline
     def many(values, places, counts, w, scale, y, m):
-        x = T.alloc_buffer((m, k), "float32")
+        x = T.alloc_buffer((m, across(k)), "float32")
         fill(values, places, counts, x, m, k)
         for p in T.parallel((n + wide - 1) // wide):
-            panel = T.alloc_buffer((k, wide), "float32")
-            if (p + 1) * wide <= n:
-                for j in T.serial(k):
-                    for v in T.unroll(VECTORS):
-                        c = T.meta_var(T.ramp(p * wide + v * lanes, 1, lanes))
-                        panel[j, T.ramp(v * lanes, 1, lanes)] = T.Cast(floats, w[j, c]) * scale[c]
-            else:
-                for j in T.serial(k):
-                    for c in T.serial(wide):
-                        panel[j, c] = T.float32(0)
-                    for c in T.serial(n - p * wide):
-                        panel[j, c] = T.Cast("float32", w[j, p * wide + c]) * scale[p * wide + c]
-            product(x, panel, y, m, p)
+            panel = T.alloc_buffer((DEPTH, wide), "float32")
+            for d in T.serial((k + DEPTH - 1) // DEPTH):
+                start: T.let = d * DEPTH
+                depth: T.let = T.min(DEPTH, k - start)
+                if (p + 1) * wide <= n:
+                    for j in T.serial(depth):
+                        if p % of_line == 0:
+                            for i in T.unroll(lines):
+                                fetch(w[T.min(start + j + AHEAD, k - 1), p * wide + i * (wide // lines)])
+                        for v in T.unroll(VECTORS):
+                            c = T.meta_var(T.ramp(p * wide + v * lanes, 1, lanes))
+                            panel[j, T.ramp(v * lanes, 1, lanes)] = T.Cast(floats, w[start + j, c]) * scale[c]
+                else:
+                    for j in T.serial(depth):
+                        for c in T.serial(wide):
+                            panel[j, c] = T.float32(0)
+                        for c in T.serial(n - p * wide):
+                            panel[j, c] = T.Cast("float32", w[start + j, p * wide + c]) * scale[p * wide + c]
+                product(x, panel, y, m, p, start, depth)
 
     @T.inline
-    def few(values, places, counts, w, scale, afresh, total, y, m):
-        for row in T.serial(m):
-            if steps > 0:
-                for b in T.parallel(blocks):
-                    part = T.alloc_buffer((size * step,), "float32")
-                    begin: T.let = b * size * step
-                    length: T.let = T.min(size, steps - b * size)
-                    passes(values, places, w, part, row, begin, length, counts[row])
-                    for j in T.serial(length * (step // lanes)):
-                        c = T.meta_var(T.ramp(begin + j * lanes, 1, lanes))
-                        y[row, c] = part[T.ramp(j * lanes, 1, lanes)] * scale[c]
-                    if carried:  # noqa: SIM102, the first is decided when the kernel is made
-                        if afresh[row] == 0:
-                            for j in T.serial(length * (step // lanes)):
-                                c = T.meta_var(T.ramp(begin + j * lanes, 1, lanes))
-                                y[row, c] = y[row, c] + total[row, c]
-            for j in T.serial(rest):
-                last = T.alloc_buffer((1,), "float32")
-                last[0] = T.float32(0)
-                for i in T.serial(counts[row]):
-                    last[0] = last[0] + values[row, i] * T.Cast("float32", w[places[row, i], steps * step + j])
-                y[row, steps * step + j] = last[0] * scale[steps * step + j]
-                if carried:  # noqa: SIM102, as above
+    def alone(values, places, counts, w, scale, afresh, total, y, row):
+        if steps > 0:
+            for b in T.parallel(blocks):
+                part = T.alloc_buffer((size * step,), "float32")
+                begin: T.let = b * size * step
+                length: T.let = T.min(size, steps - b * size)
+                passes(values, places, w, part, row, begin, length, counts[row])
+                for j in T.serial(length * (step // lanes)):
+                    c = T.meta_var(T.ramp(begin + j * lanes, 1, lanes))
+                    y[row, c] = part[T.ramp(j * lanes, 1, lanes)] * scale[c]
+                if carried:  # noqa: SIM102, the first is decided when the kernel is made
                     if afresh[row] == 0:
-                        y[row, steps * step + j] = y[row, steps * step + j] + total[row, steps * step + j]
+                        for j in T.serial(length * (step // lanes)):
+                            c = T.meta_var(T.ramp(begin + j * lanes, 1, lanes))
+                            y[row, c] = y[row, c] + total[row, c]
+        for j in T.serial(rest):
+            last = T.alloc_buffer((1,), "float32")
+            last[0] = T.float32(0)
+            for i in T.serial(counts[row]):
+                last[0] = last[0] + values[row, i] * T.Cast("float32", w[places[row, i], steps * step + j])
+            y[row, steps * step + j] = last[0] * scale[steps * step + j]
+            if carried:  # noqa: SIM102, as above
+                if afresh[row] == 0:
+                    y[row, steps * step + j] = y[row, steps * step + j] + total[row, steps * step + j]
+
+    join = joint_rows(machine, k=k, n=n, dtype=dtype, alone=alone)
+
+    @T.inline
+    def some(values, places, counts, w, scale, y, m):
+        if m > 1:
+            x = T.alloc_buffer((m, across(k)), "float32")
+            fill(values, places, counts, x, m, k)
+            join(values, places, counts, x, w, scale, y, m)
+        for i in T.serial(m % 2):
+            alone(values, places, counts, w, scale, counts, y, y, m - 1 + i)
 
     @T.inline
     def body(values, places, counts, w, scale, y, m):
         if rows is None:
             if m < FEWEST_ROWS[dtype]:
-                few(values, places, counts, w, scale, counts, y, y, m)
+                some(values, places, counts, w, scale, y, m)
             else:
                 many(values, places, counts, w, scale, y, m)
         elif rows < FEWEST_ROWS[dtype]:
-            few(values, places, counts, w, scale, counts, y, y, m)
+            some(values, places, counts, w, scale, y, m)
         else:
             many(values, places, counts, w, scale, y, m)
 
@@ -220,7 +180,8 @@ def sum_rows(machine: Machine, *, rows: int | None, k: int, n: int, dtype: str, 
             scale = T.match_buffer(s_, (n,), "float32")
             total = T.match_buffer(a_, (m, n), "float32")
             y = T.match_buffer(y_, (m, n), "float32")
-            few(values, places, counts, w, scale, afresh, total, y, m)
+            for row in T.serial(m):
+                alone(values, places, counts, w, scale, afresh, total, y, row)
 
     else:
 
@@ -262,7 +223,8 @@ def sum_rows_int4(machine: Machine, *, rows: int | None, k: int, n: int, scale: 
     blocks = max(1, -(-n // _BLOCK["int4"]))
     size = -(-vectors // blocks)
     of_group = GROUP // lanes  # vectors of floats
-    line = _LINE // (4 * lanes)  # vectors of words
+    line = LINE // (4 * lanes)  # vectors of words
+    scales = LINE // (2 if scale == "float16" else 4)  # of a line
 
     @T.inline
     def factors(values, places, scale_, zero, factor, surplus, row, i, u, count, first, there):
@@ -271,6 +233,11 @@ def sum_rows_int4(machine: Machine, *, rows: int | None, k: int, n: int, scale: 
         # A row that is not there is the last one times zero.
         x[0] = T.Select(i * _TOGETHER + u < count, values[row, T.min(i * _TOGETHER + u, count - 1)], T.float32(0))
         at[0] = T.Cast("int64", places[row, T.min(i * _TOGETHER + u, count - 1)])
+        later: T.let = T.Cast("int64", places[row, T.min((i + 2) * _TOGETHER + u, count - 1)])
+        for g in T.serial((there + scales - 1) // scales):
+            fetch(scale_[later, first + g * scales])
+        if zeros:
+            fetch(zero[later, first])
         for g in T.serial(there):
             factor[u, g] = x[0] * T.Cast("float32", scale_[at[0], first + g])
         for g in T.serial(there):
@@ -281,7 +248,7 @@ def sum_rows_int4(machine: Machine, *, rows: int | None, k: int, n: int, scale: 
     @T.inline
     def passes(values, places, w, scale_, zero, part, surplus, row, begin, length, there, count):
         factor = T.alloc_buffer((_TOGETHER, size * own), "float32")
-        for j in T.serial(length * _NIBBLES):
+        for j in T.serial(length * NIBBLES):
             part[T.ramp(j * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
         for g in T.serial(length * own):
             surplus[g] = T.float32(0)
@@ -301,7 +268,7 @@ def sum_rows_int4(machine: Machine, *, rows: int | None, k: int, n: int, scale: 
                 words = T.alloc_buffer((_TOGETHER * lanes,), "int32")
                 for u in T.unroll(_TOGETHER):
                     words[T.ramp(u * lanes, 1, lanes)] = w[at[u], begin + j, T.ramp(0, 1, lanes)]
-                for s in T.unroll(_NIBBLES):
+                for s in T.unroll(NIBBLES):
                     c = T.meta_var(T.ramp(j * columns + s * lanes, 1, lanes))
                     g = T.meta_var(j * own + s * lanes // GROUP)
                     part[c] = (
@@ -330,27 +297,32 @@ def sum_rows_int4(machine: Machine, *, rows: int | None, k: int, n: int, scale: 
                         )
 
     wide = VECTORS * lanes
-    fill, product = scatter(), panel_product(machine, k, n)
+    fill, product = scatter(), panel_product(machine, n)
 
     @T.inline
     def many(values, places, counts, w, scale_, zero, y, m):
-        x = T.alloc_buffer((m, k), "float32")
+        x = T.alloc_buffer((m, across(k)), "float32")
         fill(values, places, counts, x, m, k)
         for p in T.parallel(n // wide):
-            panel = T.alloc_buffer((k, wide), "float32")
-            for j in T.serial(k):
-                g: T.let = p * wide // GROUP
-                offset: T.let = T.Cast("float32", zero[j, g] if zeros else zero[0])
-                factor: T.let = T.Cast("float32", scale_[j, g])
-                for v in T.unroll(VECTORS):
-                    at: T.let = p * VECTORS + v
-                    words: T.let = w[j, at // _NIBBLES, T.ramp(0, 1, lanes)]
-                    moved: T.let = T.shift_right(words, T.broadcast(T.Cast("int32", at % _NIBBLES * 4), lanes))
-                    codes: T.let = T.Cast(f"float32x{lanes}", T.bitwise_and(moved, T.broadcast(15, lanes)))
-                    panel[j, T.ramp(v * lanes, 1, lanes)] = (codes - T.broadcast(offset, lanes)) * T.broadcast(
-                        factor, lanes
-                    )
-            product(x, panel, y, m, p)
+            panel = T.alloc_buffer((DEPTH, wide), "float32")
+            for d in T.serial((k + DEPTH - 1) // DEPTH):
+                start: T.let = d * DEPTH
+                depth: T.let = T.min(DEPTH, k - start)
+                for j in T.serial(depth):
+                    if p * VECTORS % (line * NIBBLES) == 0:
+                        fetch(w[T.min(start + j + AHEAD, k - 1), p * VECTORS // NIBBLES, 0])
+                    g: T.let = p * wide // GROUP
+                    offset: T.let = T.Cast("float32", zero[start + j, g] if zeros else zero[0])
+                    factor: T.let = T.Cast("float32", scale_[start + j, g])
+                    for v in T.unroll(VECTORS):
+                        at: T.let = p * VECTORS + v
+                        words: T.let = w[start + j, at // NIBBLES, T.ramp(0, 1, lanes)]
+                        moved: T.let = T.shift_right(words, T.broadcast(T.Cast("int32", at % NIBBLES * 4), lanes))
+                        codes: T.let = T.Cast(f"float32x{lanes}", T.bitwise_and(moved, T.broadcast(15, lanes)))
+                        panel[j, T.ramp(v * lanes, 1, lanes)] = (codes - T.broadcast(offset, lanes)) * T.broadcast(
+                            factor, lanes
+                        )
+                product(x, panel, y, m, p, start, depth)
 
     @T.inline
     def body(values, places, counts, w, scale_, zero, y, m):

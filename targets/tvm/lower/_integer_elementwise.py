@@ -162,7 +162,10 @@ def mean(editor: Editor, node: ir.Node) -> str | None:
     if not all(isinstance(d, int) for d in shape[1:]):
         return "its image has no fixed size"
     sink = reading.sink(node.outputs[0])
-    own = {"x_zero": x.zero, "scale": float(x.scale if sink is None else np.float32(x.scale / sink.scale))}
+    pixels = np.float32(int(shape[2]) * int(shape[3]))  # type: ignore[arg-type]
+    # In this order ONNX Runtime rounds.
+    scale = x.scale / pixels if sink is None else x.scale / np.float32(sink.scale * pixels)
+    own = {"x_zero": x.zero, "scale": float(np.float32(scale))}
     attributes = {"dtype": "float32"} if sink is None else sink.attributes
     images(editor, node, node if sink is None else sink.last, "QMean", x.codes, [], own | attributes)
     return None

@@ -1,7 +1,7 @@
-"""Streaming models: products and recurrent cells become nodes of ours that read the weights of changed inputs only.
+"""Streaming models become nodes of ours, which compute changed pixels only, or read the weights of changed inputs only.
 
-What a kernel adds changes to is state, as inputs and outputs of the graph. The graph is edited as for the native
-library; its ops then become ours.
+What a kernel adds changes to, or sent last, is state: inputs and outputs of the graph. The graph is edited as for the
+native library; its ops then become ours.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from onnxcomp import native
 from onnxcomp.edit import Editor
 from onnxcomp.model import infer_shapes
 from onnxcomp.ops import DELTA_OPS, DOMAIN
-from onnxcomp.rewrite import Context, Edit, Pass, refused
+from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
 from onnxcomp.state import model_state, write_state
-from onnxcomp.targets.ort.delta_lowering import lower_vectors
+from onnxcomp.targets.ort.delta_lowering import dense_steps, lower_maps, lower_vectors, map_holds
 from onnxcomp.targets.ort.delta_states import StreamStates
 from onnxcomp.targets.ort.delta_strip import strip
+from onnxcomp.targets.ort.dense_forms import drop_unused
+from onnxcomp.targets.tvm.lower.delta_maps import MAP_OPS, replace_map_op
 from onnxcomp.targets.tvm.lower.sparse import known
 from onnxcomp.targets.tvm.nodes import replace
 
@@ -38,11 +40,17 @@ _OURS = {
 class Delta(Pass):
     """Lowers what the pass `delta` writes; holds that no kernel makes use of are taken away, with their state.
 
-    There are kernels for products and recurrent cells. Convolutions run densely.
+    There are kernels for convolutional layers, products and recurrent cells. Convolutional layers run densely where a
+    calibration sequence told that most pixels change. No single step runs the dense model instead: an edit says from
+    which share of changed pixels on that would be faster.
+
+    Attributes:
+        maps: The machine has kernels for maps; else convolutional layers run densely.
     """
 
     name: ClassVar[str] = "tvm_delta"
     summary: ClassVar[str] = "Streaming ops to kernels."
+    maps: bool = True
 
     @override
     def apply(self, model: ir.Model, context: Context) -> Sequence[Edit]:
@@ -53,14 +61,26 @@ class Delta(Pass):
         infer_shapes(model)
         editor = Editor(model)
         states = StreamStates(model, editor)
+        maps = map_holds(model, holds) if self.maps else []
+        if maps:
+            when = dense_steps(maps)
+            edits += lower_maps(model, editor, states, maps)
+            if when is not None:
+                note = f"a step that changes more than {when.share:.0%} of an input's pixels takes longer than densely"
+                edits.append(applied(maps[0], note))
         edits += lower_vectors(model, editor, states, holds, "reads the weights of changed inputs only")
         states.write()
         edits += [refused(n, "no kernel skips what it holds, so it is left out, with its state") for n in strip(model)]
-        for node in list(model.graph):
-            if node.domain == native.DOMAIN and node.op_type in _OURS:
+        updated = set[str]()
+        for node in [n for n in model.graph if n.domain == native.DOMAIN]:
+            if node.op_type in _OURS:
                 _replace(editor, node)
-        # Ours put out new state beside the old.
-        write_state(model, [s.model_copy(update={"in_place": False}) for s in model_state(model)])
+            elif node.op_type in MAP_OPS:
+                replace_map_op(editor, node)
+                updated.add(str(node.outputs[0].name))
+        drop_unused(model)
+        # The others put out new state beside the old.
+        write_state(model, [s.model_copy(update={"in_place": s.output in updated}) for s in model_state(model)])
         return edits
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxcomp.rewrite import Context, Edit, Pass
+from onnxcomp.targets.tvm.gpu.machine import Gpu
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.nodes import DOMAIN
 from onnxcomp.targets.tvm.supported import require_supported
@@ -47,6 +48,7 @@ def passes(machine: Machine) -> tuple[Pass, ...]:
     from onnxcomp.targets.tvm.lower.concats import Concats
     from onnxcomp.targets.tvm.lower.convs import Convolutions
     from onnxcomp.targets.tvm.lower.delta import Delta
+    from onnxcomp.targets.tvm.lower.dense_products import DenseProducts
     from onnxcomp.targets.tvm.lower.epilogues import Epilogues
     from onnxcomp.targets.tvm.lower.integers import Integers
     from onnxcomp.targets.tvm.lower.layouts import Layouts
@@ -59,7 +61,8 @@ def passes(machine: Machine) -> tuple[Pass, ...]:
     from onnxcomp.targets.tvm.lower.sparse import Sparse
 
     return (
-        Delta(),  # what it takes apart, cells without a kernel, is for `Recurrent`
+        Delta(maps=not isinstance(machine, Gpu)),  # what it takes apart, cells without a kernel, is for `Recurrent`
+        DenseProducts(),
         Sparse(machine=machine),
         Nm(machine=machine),
         Recurrent(machine=machine),

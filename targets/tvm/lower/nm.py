@@ -21,13 +21,17 @@ from onnxcomp.targets.ort.dense_forms import drop_unused
 from onnxcomp.targets.ort.lowering import fixed_rows
 from onnxcomp.targets.ort.nm_calls import NmCall, is_nm_call, nm_call
 from onnxcomp.targets.ort.nm_lowering import nm_blocks
+from onnxcomp.targets.tvm.gpu.machine import Gpu
 from onnxcomp.targets.tvm.kernels import nm
 from onnxcomp.targets.tvm.lower.sparse import drop_functions, known
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.nodes import packed, replace
 
-_MOST_ROWS = {1: 64, 2: 16}
-"""Rows up to which the kernel for so many weights of four is faster than a dense float32 product."""
+_MOST_ROWS = {1: 256, 2: 48}
+"""Rows up to which the kernel for so many weights of four is faster than a dense one, whose weight is larger."""
+
+_MOST_ROWS_OF_GPU = {1: 48, 2: 16}
+"""The same for a GPU, reckoned: dense tiles share what they read among more threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,9 @@ class Nm(Pass):
         if attribute(call.node, "exact", 0) and nm.rounds(self.machine, "int8"):
             return "it is exact, and the kernel rounds activations to 8 bits"
         rows = fixed_rows(call.node)
-        if rows > _MOST_ROWS[call.kept] and not nm.rounds(self.machine, _dtype(call)):
-            return f"it has {rows} rows, and the kernel is faster up to {_MOST_ROWS[call.kept]}"
+        most = (_MOST_ROWS_OF_GPU if isinstance(self.machine, Gpu) else _MOST_ROWS)[call.kept]
+        if rows > most and not nm.rounds(self.machine, _dtype(call)):
+            return f"it has {rows} rows, and the kernel is faster up to {most}"
         return ""
 
     def _blocks(self, editor: Editor, call: NmCall) -> list[ir.Value]:

@@ -20,7 +20,8 @@ from onnxcomp.ops import DOMAIN, OPS
 from onnxcomp.rewrite import Context, Edit, Pass, applied, refused
 from onnxcomp.target import Array
 from onnxcomp.targets.ort.dense_forms import SparseCall, drop_unused, sparse_call
-from onnxcomp.targets.tvm.kernels.sparse_rows import int4_shape, pack_int4
+from onnxcomp.targets.tvm.kernels.gated_mlp import pack_neurons_int4
+from onnxcomp.targets.tvm.kernels.int4 import int4_shape, pack_int4
 from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.nodes import packed, replace
 
@@ -86,7 +87,7 @@ class Sparse(Pass):
         """The inputs that hold a weight: a matrix and a scale a column, or words, scales and zero points."""
         matrix = parts[0]
         if len(parts) == 3:
-            return self._int4(editor, parts)
+            return self._int4(editor, parts, pack_neurons_int4 if by_neurons else pack_int4)
         assert matrix.const_value is not None
         rows, columns = (int(d) for d in matrix.const_value.shape.numpy())
         if by_neurons:
@@ -96,7 +97,9 @@ class Sparse(Pass):
         scale = np.ones(columns, np.float32) if len(parts) == 1 else known(parts[1]).astype(np.float32)
         return [matrix, editor.weight(f"{parts[0].name}_scale", scale)]
 
-    def _int4(self, editor: Editor, parts: Sequence[ir.Value]) -> list[ir.Value]:
+    def _int4(
+        self, editor: Editor, parts: Sequence[ir.Value], pack: Callable[[Machine, Array], Array]
+    ) -> list[ir.Value]:
         weight, scale, zero = parts
         assert weight.const_value is not None
         rows, half = (int(d) for d in weight.const_value.shape.numpy())
@@ -106,7 +109,7 @@ class Sparse(Pass):
             f"{weight.name}_words",
             int4_shape(machine, rows, 2 * half),
             np.dtype(np.int32),
-            lambda: pack_int4(machine, known(weight)),
+            lambda: pack(machine, known(weight)),
         )
         scales = known(scale)
         if scales.dtype != np.float16 or machine.lanes < _FEWEST_HALF_LANES:

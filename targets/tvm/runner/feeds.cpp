@@ -3,7 +3,7 @@
 #include <cstring>
 #include <map>
 
-#include "model.h"
+#include "placement.h"
 
 namespace onnxcomp {
 namespace {

@@ -1,4 +1,4 @@
-// Runs an artifact of the tvm-cpu target on a device: no Python, no toolkit, only TVM's runtime beside it.
+// Runs an artifact of the TVM targets on a device: no Python, no toolkit, only TVM's runtime beside it.
 
 #include <tvm/ffi/function.h>
 

@@ -47,6 +47,7 @@ struct FileFacts {
 
 struct Manifest {
   std::string triple;
+  bool gpu = false;  // kernels run on a GPU
   FileFacts model, weights_file;
   std::vector<Port> inputs;
   std::vector<std::string> outputs;

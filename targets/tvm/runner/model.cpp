@@ -15,7 +15,6 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-constexpr std::size_t kAlignment = 64;
 constexpr int kPooled = 2;  // tvm::runtime::memory::AllocatorType
 
 #if defined(__x86_64__)
@@ -25,27 +24,6 @@ constexpr Elf64_Half kMachine = EM_AARCH64;
 #else
 #error "no other machine than x86-64 and aarch64 was tried"
 #endif
-
-struct Owned {
-  void AllocData(DLTensor* tensor, std::size_t bytes) {
-    const std::size_t room = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    tensor->data = std::aligned_alloc(kAlignment, room);
-    if (tensor->data == nullptr) throw BadInput("there is no memory for " + std::to_string(bytes) + " bytes");
-    std::memset(tensor->data, 0, room);
-  }
-  void FreeData(DLTensor* tensor) { std::free(tensor->data); }
-};
-
-struct Borrowed {
-  void AllocData(DLTensor* tensor, const std::uint8_t* data) { tensor->data = const_cast<std::uint8_t*>(data); }
-  void FreeData(DLTensor*) {}
-};
-
-DLDataType dl_type(const ElementType& type) { return {type.code, type.bits, 1}; }
-
-constexpr DLDevice kCpu{kDLCPU, 0};
-
-ffi::ShapeView view(const Shape& shape) { return {shape.data(), shape.size()}; }
 
 void check_file(const Mapped& file, const FileFacts& facts, const char* name, bool hashed) {
   if (file.size() != facts.bytes) {
@@ -79,17 +57,8 @@ std::string message(const ffi::Error& error) { return std::string(error.message(
 
 }  // namespace
 
-ffi::Tensor new_tensor(const Shape& shape, const ElementType& type) {
-  return ffi::Tensor::FromNDAlloc(Owned{}, view(shape), dl_type(type), kCpu, bytes_of(shape, type));
-}
-
-void* begin_of(const ffi::Tensor& tensor) {
-  const DLTensor* const about = tensor.GetDLTensorPtr();
-  return static_cast<char*>(about->data) + about->byte_offset;
-}
-
 Model::Model(const std::string& folder, const Manifest& manifest, bool hashed)
-    : manifest_(manifest), weights_(folder + "/weights.bin") {
+    : manifest_(manifest), placement_(manifest.gpu), weights_(folder + "/weights.bin") {
   check_file(weights_, manifest.weights_file, "weights.bin", hashed);
   const std::string path = folder + "/model.so";
   {
@@ -103,7 +72,12 @@ Model::Model(const std::string& folder, const Manifest& manifest, bool hashed)
     // A path without a slash would be looked for elsewhere.
     const ffi::Module library = ffi::Module::LoadFromFile(path[0] == '/' ? path : "./" + path);
     const auto machine = function(library, "vm_load_executable")().cast<ffi::Module>();
-    function(machine, "vm_initialization")(static_cast<int>(kDLCPU), 0, kPooled);
+    const ffi::Function initialize = function(machine, "vm_initialization");
+    if (placement_.gpu()) {
+      initialize(static_cast<int>(placement_.device().device_type), 0, kPooled, static_cast<int>(kDLCPU), 0, kPooled);
+    } else {
+      initialize(static_cast<int>(kDLCPU), 0, kPooled);
+    }
     main_ = function(machine, "main");
     machine_ = machine;
   } catch (const ffi::Error& error) {
@@ -111,11 +85,10 @@ Model::Model(const std::string& folder, const Manifest& manifest, bool hashed)
   }
   arguments_.resize(manifest.parameters.size());
   for (const State& state : manifest.state) {
-    arguments_[parameter(state.input)] = new_tensor(state.shape, *state.type);
+    arguments_[parameter(state.input)] = placement_.zeros(state.shape, *state.type);
   }
   for (const Weight& weight : manifest.weights) {
-    arguments_.push_back(ffi::Tensor::FromNDAlloc(Borrowed{}, view(weight.shape), dl_type(*weight.type), kCpu,
-                                                  weights_.data() + weight.offset));
+    arguments_.push_back(placement_.placed(borrowed_tensor(weight.shape, *weight.type, weights_.data() + weight.offset)));
   }
 }
 
@@ -130,10 +103,13 @@ ffi::Tensor Model::returned(const std::string& name) const {
 }
 
 void Model::bind(std::size_t input, ffi::Tensor tensor) {
-  arguments_[parameter(manifest_.inputs[input].name)] = std::move(tensor);
+  const std::size_t at = parameter(manifest_.inputs[input].name);
+  arguments_[at] = placement_.placed(tensor);
+  if (placement_.gpu()) given_.emplace_back(at, std::move(tensor));
 }
 
 void Model::call() {
+  for (const auto& [at, tensor] : given_) placement_.copy(tensor, arguments_[at]);
   std::vector<ffi::AnyView> packed(arguments_.begin(), arguments_.end());
   ffi::Any result;
   results_.clear();
@@ -150,6 +126,11 @@ void Model::call() {
   if (results_.size() != manifest_.returns.size()) {
     throw BadInput("main returns " + std::to_string(results_.size()) + " tensors and not the " +
                    std::to_string(manifest_.returns.size()) + " of the manifest");
+  }
+  fetched_.clear();
+  if (placement_.gpu()) {
+    for (const std::string& name : manifest_.outputs) fetched_.push_back(placement_.fetched(returned(name)));
+    placement_.wait();  // a model may have state alone
   }
 }
 
@@ -170,8 +151,8 @@ void Model::advance() {
                     [&](const ffi::Tensor& other) { return same(other) && !other.same_as(own); }) ||
         std::any_of(next.begin(), next.end(), same);
     if (shared) {
-      ffi::Tensor copy = new_tensor(state.shape, *state.type);
-      std::memcpy(begin_of(copy), begin_of(given), bytes_of(state.shape, *state.type));
+      const ffi::Tensor copy = placement_.zeros(state.shape, *state.type);
+      placement_.copy(given, copy);
       given = copy;
     }
     next.push_back(given);
@@ -179,6 +160,8 @@ void Model::advance() {
   for (std::size_t i = 0; i < next.size(); ++i) arguments_[parameter(manifest_.state[i].input)] = next[i];
 }
 
-ffi::Tensor Model::output(std::size_t index) const { return returned(manifest_.outputs[index]); }
+ffi::Tensor Model::output(std::size_t index) const {
+  return placement_.gpu() ? fetched_[index] : returned(manifest_.outputs[index]);
+}
 
 }  // namespace onnxcomp

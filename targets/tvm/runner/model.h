@@ -7,17 +7,13 @@
 #include <tvm/ffi/function.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "manifest.h"
+#include "placement.h"
 
 namespace onnxcomp {
-
-// Memory of zeros, aligned as kernels may count on.
-tvm::ffi::Tensor new_tensor(const Shape& shape, const ElementType& type);
-
-// First byte of a tensor.
-void* begin_of(const tvm::ffi::Tensor& tensor);
 
 class Model {
  public:
@@ -28,7 +24,7 @@ class Model {
   // Sets an input, in the order of the manifest. The tensor is read at every step; the caller may change its content.
   void bind(std::size_t input, tvm::ffi::Tensor tensor);
 
-  // Runs once. The new state is kept and taken up by the next step.
+  // Runs once. The new state is kept and taken up by the next step. With a GPU, inputs are copied to it and outputs back.
   void call();
 
   // Hands the state on, after `call` and outside of what is timed.
@@ -42,11 +38,14 @@ class Model {
   tvm::ffi::Tensor returned(const std::string& name) const;
 
   const Manifest& manifest_;
+  const Placement placement_;
   Mapped weights_;
   tvm::ffi::Optional<tvm::ffi::Module> machine_;
   tvm::ffi::Function main_;
   std::vector<tvm::ffi::Tensor> arguments_;
   std::vector<tvm::ffi::Tensor> results_;
+  std::vector<std::pair<std::size_t, tvm::ffi::Tensor>> given_;  // inputs in memory that a GPU gets copies of
+  std::vector<tvm::ffi::Tensor> fetched_;                        // outputs that came back from a GPU
 };
 
 }  // namespace onnxcomp

@@ -5,7 +5,7 @@ import pytest
 
 tvm = pytest.importorskip("tvm")
 
-from tvm_harness import machines, run_kernel  # noqa: E402
+from tvm_harness import BY_LANE, machines, run_kernel  # noqa: E402
 
 from onnxcomp.targets.tvm.kernels.attention import Layout, attention  # noqa: E402
 from onnxcomp.targets.tvm.kernels.matmul import matmul  # noqa: E402
@@ -42,6 +42,7 @@ ALL, NONE = Layout(q=True, k=True, v=True, out=True), Layout()
         ((1, 6, 29, 37, 64, 64), ALL, None, False, machines()[-1]),
         ((2, 2, 13, 21, 20, 40), Layout(k=True, out=True), (True, False, True), True, machines()[-1]),
         ((1, 3, 3, 33, 64, 64), Layout(out=True), (False, False, True), True, machines()[-1]),
+        ((2, 2, 13, 21, 20, 40), Layout(k=True, out=True), (True, False, True), True, BY_LANE),
         ((1, 3, 3, 33, 64, 64), Layout(out=True), (False, False, True), False, machines()[0]),
         ((1, 3, 7, 33, 64, 64), NONE, (False, True, False), False, machines()[-1]),
         ((1, 2, 5, 5, 64, 16), Layout(q=True, v=True), None, False, machines()[-1]),
@@ -80,7 +81,9 @@ def test_rows_of_a_mask_repeat_for_heads_that_share_keys():
     np.testing.assert_allclose(run_kernel(function, machine, q, k, v, mask, shape=q.shape), expected, atol=5e-6)
 
 
-@pytest.mark.parametrize(("machine", "turned"), [(machines()[-1], False), (machines()[0], True)])
+@pytest.mark.parametrize(
+    ("machine", "turned"), [(machines()[-1], False), (machines()[0], True), (BY_LANE, True), (BY_LANE, False)]
+)
 @pytest.mark.parametrize(
     ("outer", "x_has", "w_has", "m", "k", "n", "symbolic"),
     [

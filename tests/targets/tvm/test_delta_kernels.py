@@ -110,9 +110,9 @@ def test_cells(op_type: str) -> None:
         assert largest(on_target(step, feeds), stream(step, feeds)) < (0.1 if threshold else 1e-4)
 
 
-def test_holds_of_maps_are_taken_away_with_their_state() -> None:
+def test_without_kernels_for_maps_their_holds_are_taken_away_with_their_state() -> None:
     step, _ = delta(cnn(), frames(8), threshold=0.05)
-    left = lowered(step, [Delta()])
+    left = lowered(step, [Delta(maps=False)])
     assert model_state(step)
     assert not model_state(left)
     assert not [n for n in left.graph if n.domain.startswith("onnxcomp")]
