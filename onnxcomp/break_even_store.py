@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp.break_even import BreakEven
 from onnxcomp.errors import TargetError
+from onnxcomp.report import write_whole
 
 _MAX_BYTES = 1 << 20
 _ENTRIES = TypeAdapter(list[BreakEven])
@@ -45,9 +44,7 @@ def store(path: Path, entries: Iterable[BreakEven]) -> None:
     merged = {_case(e): e for e in (*load(path, ()), *entries)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump([asdict(e) for e in merged.values()], file, indent=1)
-        os.replace(file.name, path)
+        write_whole(path, json.dumps([asdict(e) for e in merged.values()], indent=1))
     except OSError as error:
         raise TargetError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -29,6 +29,9 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Built-in recipe, .toml file, or auto, which goes by the kind of model.")
 ]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Target; see 'onnxcomp list targets'.")]
+OwnTarget = Annotated[
+    str | None, typer.Option("--target", "-t", help="Target; else that of the artifact, or ort-cpu for a model.")
+]
 DeviceName = Annotated[str | None, typer.Option("--device", help="Run there; see 'onnxcomp devices'.")]
 DataSource = Annotated[
     str | None,
@@ -99,7 +102,7 @@ Tune = Annotated[
         "--tune",
         metavar="SECONDS",
         min=0.0,
-        help="Measure that long how parts run best on this machine; 0 uses what is known from before.",
+        help="Measure that long, for each model, how parts run best on this machine; 0 uses what is known from before.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what is refused, and why.")]

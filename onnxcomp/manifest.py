@@ -184,6 +184,19 @@ def read_manifest(kind: type[_Manifest], folder: Path, target: str) -> _Manifest
         raise TargetError(f"{path} is not valid: {where}: {first['msg']}; compile the model again") from error
 
 
+def artifact_target(folder: Path) -> str:
+    """Name of the target that an artifact is for.
+
+    Raises:
+        TargetError: If it is no artifact.
+    """
+    data = _json(folder / MANIFEST)
+    name = data.get("target") if isinstance(data, dict) else None
+    if not isinstance(name, str):
+        raise TargetError(f"{folder / MANIFEST} names no target; compile the model again")
+    return name
+
+
 def _json(path: Path) -> object:
     try:
         if not path.is_file():

@@ -85,7 +85,7 @@ def profile_on(
     device: str | Device,
     model: ModelLike,
     *,
-    target: str = "ort-cpu",
+    target: str | None = None,
     data: Source = "random",
     threads: int = 1,
     repeat: int = 50,
@@ -98,7 +98,7 @@ def profile_on(
     Args:
         device: Its name.
         model: Folder of an artifact; a model or an `.onnx` file is compiled for `target` first.
-        target: Name of the target; an artifact has its own.
+        target: Name of the target, by default `ort-cpu`; an artifact has its own.
         data: The first feed is run.
         threads: Threads a run.
         repeat: Most runs.
@@ -112,7 +112,7 @@ def profile_on(
     found = _device(device)
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         if isinstance(model, ir.Model) or not Path(model).is_dir():
-            path = compiled(load_model(model, shapes), make_target(target), Path(folder, "model")).path
+            path = compiled(load_model(model, shapes), make_target(target or "ort-cpu"), Path(folder, "model")).path
         else:
             path = Path(model)
         feed = next(iter(load_data(data, DeviceArtifact(path).inputs, seed=seed)))

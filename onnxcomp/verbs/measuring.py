@@ -28,6 +28,7 @@ from onnxcomp.verbs.resolve import (
     load_model,
     make_target,
     reference_runner,
+    target_for,
 )
 from onnxcomp.verbs.results import Profile
 
@@ -38,7 +39,7 @@ def profile(
     baseline: ModelLike | None = ...,
     *,
     device: None = ...,
-    target: str = ...,
+    target: str | None = ...,
     data: Source = ...,
     threads: int = ...,
     repeat: int = ...,
@@ -53,7 +54,7 @@ def profile(
     baseline: None = ...,
     *,
     device: str | Device,
-    target: str = ...,
+    target: str | None = ...,
     data: Source = ...,
     threads: int = ...,
     repeat: int = ...,
@@ -67,7 +68,7 @@ def profile(
     baseline: ModelLike | None = None,
     *,
     device: str | Device | None = None,
-    target: str = "ort-cpu",
+    target: str | None = None,
     data: Source = "random",
     threads: int = 1,
     repeat: int = 50,
@@ -82,7 +83,7 @@ def profile(
         model: `.onnx` file, artifact folder, or model.
         baseline: What to compare with; not on a device.
         device: Where to run; by default in this process.
-        target: Name of the target.
+        target: Name of the target; by default that of the artifact, else `ort-cpu`.
         data: The first feed is run.
         threads: Threads a run.
         repeat: Rounds.
@@ -98,7 +99,7 @@ def profile(
             device, model, target=target, data=data, threads=threads, repeat=repeat, seconds=seconds, seed=seed,
             shapes=shapes,
         )  # fmt: skip
-    chosen = make_target(target)
+    chosen = target_for(model, target)
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         artifacts = {"model": artifact_of(model, chosen, Path(folder, "model"), shapes)}
         if baseline is not None:
@@ -107,7 +108,7 @@ def profile(
         feed = next(iter(load_data(data, sessions["model"].inputs, seed=seed)))
         latency = time_sessions(sessions, [feed], repeat, seconds, progress)
         return Profile(
-            target=target,
+            target=target or chosen.name,
             threads=threads,
             latency=latency,
             ratio=ratio(latency["model"], latency["baseline"]) if baseline is not None else None,

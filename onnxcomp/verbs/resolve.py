@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxcomp.compare import Metric, Run
 from onnxcomp.data import Data, Source, load_data, load_function
 from onnxcomp.errors import DataError, OnnxcompError, RecipeError
+from onnxcomp.manifest import artifact_target
 from onnxcomp.model import fix_shapes, initializers, load, model_size
 from onnxcomp.recipe import Recipe, load_recipe
 from onnxcomp.registry import load_target
@@ -149,6 +150,18 @@ def lowered(model: ir.Model, target: Target) -> tuple[ir.Model, tuple[PassReport
         return model, ()
     changed = model.clone()
     return changed, Pipeline(passes=steps, capabilities=target.capabilities()).run(changed)
+
+
+def target_for(model: ModelLike, name: str | None) -> Target:
+    """The target of that name; without one that of an artifact's folder, else `ort-cpu`.
+
+    Raises:
+        TargetError: If the folder is no artifact.
+        RecipeError: If there is no such target.
+    """
+    if name is None and not isinstance(model, ir.Model) and Path(model).is_dir():
+        name = artifact_target(Path(model))
+    return make_target(name or "ort-cpu")
 
 
 def artifact_of(model: ModelLike, target: Target, folder: Path, shapes: Shapes | None) -> Artifact:

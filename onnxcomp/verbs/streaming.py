@@ -13,7 +13,7 @@ from onnxcomp.report import write_whole
 from onnxcomp.rewrite import Progress
 from onnxcomp.stream_profile import StreamProfile
 from onnxcomp.stream_timing import profile_sessions
-from onnxcomp.verbs.resolve import ModelLike, Shapes, artifact_of, make_target
+from onnxcomp.verbs.resolve import ModelLike, Shapes, artifact_of, target_for
 from onnxcomp.verbs.sparsity_page import check_page
 
 
@@ -22,7 +22,7 @@ def profile_stream(
     baseline: ModelLike | None = None,
     *,
     data: Source,
-    target: str = "ort-cpu",
+    target: str | None = None,
     samples: int | None = None,
     threads: int = 1,
     repeat: int = 50,
@@ -36,7 +36,7 @@ def profile_stream(
         model: `.onnx` file, artifact folder, or model; with state or without.
         baseline: What to compare with, as the model for single frames. It takes the same inputs.
         data: The sequence, whose feeds are run in order after a reset; all of it is held in memory.
-        target: Name of the target.
+        target: Name of the target; by default that of the artifact, else `ort-cpu`.
         samples: Most steps to use.
         threads: Threads a run.
         repeat: Passes through the sequence.
@@ -50,7 +50,7 @@ def profile_stream(
     """
     if isinstance(data, str) and data == "random":
         raise RecipeError("a stream is measured on a sequence of real inputs; give it as data instead of random")
-    chosen = make_target(target)
+    chosen = target_for(model, target)
 
     def told(done: int, total: int) -> None:
         if progress:
@@ -63,8 +63,8 @@ def profile_stream(
         sessions = {name: chosen.load(a, threads=threads) for name, a in artifacts.items()}
         feeds = load_data(data, sessions["model"].inputs).take(samples)
         return profile_sessions(
-            sessions, list(feeds), target=target, threads=threads, data=feeds.name, repeat=repeat, seconds=seconds,
-            progress=told,
+            sessions, list(feeds), target=target or chosen.name, threads=threads, data=feeds.name, repeat=repeat,
+            seconds=seconds, progress=told,
         )  # fmt: skip
 
 

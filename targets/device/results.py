@@ -62,7 +62,7 @@ def check_code(code: int, said: str, where: str) -> None:
             "has what is named here, and may run programs in the folder of its jobs (--folder)"
         )
     if code == CANNOT_LOAD:
-        raise DeviceError(f"{where} cannot load the artifact{told}; compile the model for this device")
+        raise DeviceError(f"{where} cannot load the artifact{told}; look whether it was compiled for it")
     if code == BAD_INPUT:
         raise DeviceError(f"the run failed on {where}{told}")
     if code > 128:

@@ -128,6 +128,10 @@ class RpcDevice(Device):
         artifact = DeviceArtifact(path)
         if not artifact.is_tvm:
             raise UnsupportedError(f"{artifact.path} is for {artifact.target}; an RPC server runs TVM artifacts only")
+        if artifact.gpu:
+            raise UnsupportedError(
+                f"{artifact.path} is for a GPU; an RPC server runs those for CPUs, ssh those for GPUs"
+            )
         for index, feed in enumerate(feeds):
             check_feed(feed, artifact.inputs, f"feed {index}")
         with self._session() as session:
@@ -145,8 +149,6 @@ class _Remote:
         from onnxcomp.targets.tvm.manifest import CODE, WEIGHTS
         from onnxcomp.targets.tvm.weights import mapped
 
-        if artifact.gpu:
-            raise DeviceError(f"{artifact.path} is for a GPU; by RPC artifacts for CPUs run, by ssh those for GPUs too")
         opener = next((t for t in (TvmCpu, TvmAarch64) if t.name == artifact.target), TvmCpu)
         manifest = opener().open(artifact.path).manifest
         self.artifact = artifact

@@ -19,11 +19,11 @@ from onnxcomp.targets.ort.runtime import make_session, session_options
 SHAPES = ((576, 1536), (1536, 576), (2048, 2048), (2048, 5632), (5632, 2048))
 ROWS = (1, 2, 4, 8, 128)
 
-_LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
+LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
 _PATTERNS = (2, 1)  # of four weights stored
-_REPEAT, _REPEAT_LONG = 7, 3  # what takes long varies less
-_MANY = 8
-_WARM = 1
+REPEAT, REPEAT_LONG = 7, 3  # what takes long varies less
+MANY = 8
+WARM = 1
 _LEAST, _MOST = 80e6, 400e6
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
@@ -67,7 +67,7 @@ def measure(
     for index, (op, kind, (inputs, outputs)) in enumerate(cases):
         sessions: dict[bool, _Sessions] = {}
         for count in ROWS if rows is None else rows:
-            if (many := count > _MANY) not in sessions:
+            if (many := count > MANY) not in sessions:
                 sessions[many] = _sessions(op, kind, inputs, outputs, threads, 0.0 if many else beyond_cache())
             for weights, sparsity in _break_even(op, sessions[many], count, threads).items():
                 yield BreakEven(
@@ -136,9 +136,9 @@ def _break_even(op: Op, sessions: _Sessions, rows: int, threads: int) -> dict[We
             for weights, taken in dense.items()
         }
     compared: Array = np.abs(feed.get("gates", feed["x"]))
-    limits = [float(np.quantile(compared, level)) if level else -1.0 for level in _LEVELS]
+    limits = [float(np.quantile(compared, level)) if level else -1.0 for level in LEVELS]
     times, dense = _times(sessions, feed, [(sessions.sparse[0], limit) for limit in limits], rows, threads)
-    return {weights: round(crossing(_LEVELS, times, taken), 3) for weights, taken in dense.items()}
+    return {weights: round(crossing(LEVELS, times, taken), 3) for weights, taken in dense.items()}
 
 
 def _times(
@@ -147,13 +147,13 @@ def _times(
     """Seconds of ours with each threshold, and of the dense sessions, interleaved; lower quartiles."""
     runs = [*sparse, *((session, 0.0) for session in sessions.dense.values())]
     times: list[list[float]] = [[] for _ in runs]
-    long = rows > _MANY or sessions.bytes > 2 * _LEAST
-    for turn in range(_WARM + (_REPEAT_LONG if long else _REPEAT)):
+    long = rows > MANY or sessions.bytes > 2 * _LEAST
+    for turn in range(WARM + (REPEAT_LONG if long else REPEAT)):
         for (session, limit), taken in zip(runs, times, strict=True):
             given = {**feed, "threshold": np.asarray(limit, np.float32)}
             start = clock(threads)
             session.run(None, given)
-            if turn >= _WARM:
+            if turn >= WARM:
                 taken.append(clock(threads) - start)
     found = [float(np.percentile(taken, 25)) for taken in times]
     return found[: len(sparse)], dict(zip(sessions.dense, found[len(sparse) :], strict=True))

@@ -63,13 +63,22 @@ class _Tvm(Target):
 
     @override
     def require_device(self) -> None:
-        here, architecture = _architecture(), self._machine.triple.partition("-")[0]
+        self._require(self._machine.triple, self._machine.arch if isinstance(self._machine, Gpu) else "")
+
+    def _require(self, triple: str, gpu: str) -> None:
+        """Checks that code for a CPU and a GPU, if one is named, runs here."""
+        here, architecture = _architecture(), triple.partition("-")[0]
         if here != architecture:
             raise DeviceError(
-                f"{self.name} compiles for {architecture} here, and this machine is {here}: run the artifact on a "
-                "device, with onnxcomp profile ARTIFACT --device NAME"
+                f"{self.name} on this board is for {architecture}, and this machine is {here}: choose another board "
+                "(onnxcomp list targets), or compile, and run the artifact on a device, with onnxcomp profile ARTIFACT "
+                "--device NAME"
             )
         _require_tvm()
+        if gpu:
+            from onnxcomp.targets.tvm.gpu.device import require_gpu
+
+            require_gpu(gpu)
 
     @override
     def lowering(self) -> Sequence[Pass]:
@@ -93,16 +102,16 @@ class _Tvm(Target):
         """Loads an artifact; TVM has one pool of threads for all sessions of a process.
 
         Raises:
-            DeviceError: If it is for another kind of CPU.
+            DeviceError: If it is for another kind of CPU, or for a GPU that is not here.
         """
-        self.require_device()
+        self._require(artifact.manifest["triple"], artifact.manifest["gpu"])
         from onnxcomp.targets.tvm.session import Loaded, TvmSession
 
         return TvmSession(Loaded(artifact, threads))
 
     @override
     def node_times(self, artifact: Artifact, feed: Feed, *, threads: int = 1, repeat: int = 10) -> Sequence[NodeTime]:
-        self.require_device()
+        self._require(artifact.manifest["triple"], artifact.manifest["gpu"])
         from onnxcomp.targets.tvm.profiling import node_times
 
         return node_times(artifact, feed, threads=threads, repeat=repeat)
@@ -110,7 +119,7 @@ class _Tvm(Target):
     @override
     def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
         """Peak resident memory of the runner, as on a device: neither Python nor TVM's compiler is in it."""
-        self.require_device()
+        self._require(artifact.manifest["triple"], artifact.manifest["gpu"])
         from onnxcomp.targets.tvm.profiling import peak_memory
 
         return peak_memory(artifact, feed, threads=threads)
@@ -134,17 +143,21 @@ class _TvmCpu(_Tvm):
     @override
     def tuned(self, seconds: float, progress: Callable[[str, int, int | None], None] | None = None) -> Self:
         """The same target, with loops of TVM's own tuned on one thread; results are kept in the user's cache."""
+        self._require_this("tuning", "compile on such a machine, or without --tune")
+        other = copy.copy(self)
+        other._tuning = Tuning(seconds=seconds, progress=progress)
+        return other
+
+    def _require_this(self, what: str, advice: str) -> None:
+        """Checks that the board is this machine, on which `what` measures."""
         _require_tvm()
         here = machine(HOST, self.architecture, cpu_flags())
         same = _architecture() == self.architecture
         if not same or replace(self._machine, name=here.name) != here:
             raise DeviceError(
-                f"tuning measures on this machine, which is {here.name if same else _architecture()}, and the artifact "
-                f"would be for {self._machine.name}: compile on such a machine, or without --tune"
+                f"{what} measures on this machine, which is {here.name if same else _architecture()}, and what was "
+                f"asked for is {self._machine.name}: {advice}"
             )
-        other = copy.copy(self)
-        other._tuning = Tuning(seconds=seconds, progress=progress)
-        return other
 
 
 class TvmCpu(_TvmCpu):
@@ -173,15 +186,17 @@ class TvmCpu(_TvmCpu):
         cache folder.
 
         Raises:
-            DeviceError: If this machine's CPU is of another architecture.
+            DeviceError: If the board is not this machine.
             TargetError: If the result cannot be written.
         """
-        self.require_device()
+        self._require_this("calibration", "calibrate on such a machine")
         from onnxcomp.targets.ort.break_even_trials import SHAPES
         from onnxcomp.targets.tvm.break_even_trials import measure
 
-        found = tuple(measure(self._machine, shapes or SHAPES, threads=threads, progress=progress))
-        store(found, self._machine)
+        found = []
+        for entry in measure(self._machine, shapes or SHAPES, threads=threads, progress=progress):
+            found.append(entry)
+            store([entry], self._machine)  # an interrupt is to leave what was measured before
         return found
 
 
@@ -212,17 +227,9 @@ class TvmCuda(_Tvm):
         return gpu_machine(board, cpu_flags())
 
     @override
-    def require_device(self) -> None:
-        super().require_device()
-        from onnxcomp.targets.tvm.gpu.device import require_gpu
-
-        assert isinstance(self._machine, Gpu)
-        require_gpu(self._machine.arch)
-
-    @override
     def peak_memory(self, artifact: Artifact, feed: Feed, *, threads: int = 1) -> int:
         """Bytes of GPU memory that are taken while the model runs."""
-        self.require_device()
+        self._require(artifact.manifest["triple"], artifact.manifest["gpu"])
         from onnxcomp.targets.tvm.gpu.device import peak_memory
 
         return peak_memory(artifact, feed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,17 +12,26 @@ import tvm
 
 from onnxcomp.break_even import AS_ACCURATE, BreakEven, Op, Weights
 from onnxcomp.target import Array
-from onnxcomp.targets.ort.break_even_trials import ROWS, SHAPES, beyond_cache, clock, crossing
+from onnxcomp.targets.ort.break_even_trials import (
+    LEVELS,
+    MANY,
+    REPEAT,
+    REPEAT_LONG,
+    ROWS,
+    SHAPES,
+    WARM,
+    beyond_cache,
+    clock,
+    crossing,
+)
 from onnxcomp.targets.tvm.kernels import gated_mlp, gemm, int4, int8_dynamic, int8_gemm, selection, sparse_rows
 from onnxcomp.targets.tvm.kernels._epilogue import Epilogue
 from onnxcomp.targets.tvm.kernels._int8_block import Panels
 from onnxcomp.targets.tvm.kernels.int8_output import Floats
 from onnxcomp.targets.tvm.machine import Machine
 
-_LEVELS = (0.0, 0.25, 0.5, 0.75, 0.95)
 _BYTES: dict[Weights, float] = {"fp32": 4, "int8": 1, "int4": 0.5}
 _KINDS: tuple[Weights, ...] = ("fp32", "int8", "int4")
-_REPEAT, _REPEAT_LONG, _WARM, _MANY = 7, 3, 1, 8
 _GROUP = 32  # inputs that share a scale of 4-bit weights
 
 _Step: TypeAlias = Callable[[], Any]
@@ -51,6 +61,7 @@ def measure(
         if shape[0] < shape[1] and shape[::-1] in shapes:
             cases += [("gated_mlp", kind, shape) for kind in _KINDS]
     for index, (op, kind, (inputs, outputs)) in enumerate(cases):
+        gc.collect()  # the last one's weights are held by closures that hold each other
         trial = _Trial(machine, op, kind, inputs, outputs)
         for count in rows:
             yield BreakEven(
@@ -63,6 +74,7 @@ def measure(
                 threads=threads,
                 sparsity=trial.break_even(count, threads),
             )
+        del trial
         if progress:
             progress(index + 1, len(cases))
 
@@ -94,19 +106,20 @@ class _Trial:
         features, hidden = self._shapes[0]
         compared = self._random.standard_normal((rows, hidden if self._gated else features)).astype(np.float32)
         x = self._random.standard_normal((rows, features)).astype(np.float32)
-        limits = [float(np.quantile(np.abs(compared), level)) if level else -1.0 for level in _LEVELS]
+        limits = [float(np.quantile(np.abs(compared), level)) if level else -1.0 for level in LEVELS]
         runs = [self._sparse(compared, x, limit) for limit in limits] + [self._dense(x)]
         times: list[list[float]] = [[] for _ in runs]
-        for turn in range(_WARM + (_REPEAT_LONG if rows > _MANY else _REPEAT)):
+        for turn in range(WARM + (REPEAT_LONG if rows > MANY else REPEAT)):
             for run, taken in zip(runs, times, strict=True):
                 start = clock(threads)
-                for layers in self._layers if rows <= _MANY else self._layers[:2]:
+                # Many rows are bound by arithmetic, wherever the weights are.
+                for layers in self._layers if rows <= MANY else self._layers[:2]:
                     for step in run(layers):
                         step()
-                if turn >= _WARM:
+                if turn >= WARM:
                     taken.append(clock(threads) - start)
         found = [float(np.percentile(taken, 25)) for taken in times]
-        return round(crossing(_LEVELS, found[:-1], found[-1]), 3)
+        return round(crossing(LEVELS, found[:-1], found[-1]), 3)
 
     def _sparse(self, compared: Array, x: Array, limit: float) -> Callable[[Sequence[_Layer]], list[_Step]]:
         rows, k = compared.shape

@@ -20,6 +20,7 @@ from onnxcomp.state import model_state
 from onnxcomp.target import Artifact, Audit, AuditRow, Capabilities
 from onnxcomp.targets.tvm import weights
 from onnxcomp.targets.tvm.gpu.machine import Gpu
+from onnxcomp.targets.tvm.gpu.nvcc import nvcc
 from onnxcomp.targets.tvm.gpu.packing import compiling_for, pack_imports
 from onnxcomp.targets.tvm.importing import to_relax
 from onnxcomp.targets.tvm.linking import export_library
@@ -72,6 +73,8 @@ def compile_model(
             raise CompileError(f"{spec.name!r} is {spec.dtype}, for which there are no arrays in files: insert a Cast")
     parameters, returns = ([str(v.name) for v in values] for values in (working.graph.inputs, working.graph.outputs))
     audit = _audit(working)
+    if isinstance(machine, Gpu):
+        nvcc()  # the rest would take its time before it is missed
     with new_artifact(out, FILES) as (folder, _):
         imported = to_relax(working, machine)
         tuner = Tuner(machine, tuning) if tuning else None

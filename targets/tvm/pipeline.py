@@ -14,6 +14,20 @@ from onnxcomp.targets.tvm.machine import Machine
 from onnxcomp.targets.tvm.schedule import schedule
 
 
+def fusion(machine: Machine) -> list[Any]:
+    """Passes that make functions of operators, and fuse those."""
+    sorting = [relax.backend.DispatchSortScan()] if isinstance(machine, Gpu) else []
+    return [
+        *sorting,
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
+
+
 def build(module: Any, machine: Machine, tune: Callable[[Any], Any] | None = None) -> Any:
     """Compiles an imported module to a `relax.Executable`.
 
@@ -24,16 +38,6 @@ def build(module: Any, machine: Machine, tune: Callable[[Any], Any] | None = Non
     """
     target = machine.target()
     plan = gpu.schedule if isinstance(machine, Gpu) else schedule
-    sorting = [relax.backend.DispatchSortScan()] if isinstance(machine, Gpu) else []
-    fused = [
-        *sorting,
-        relax.transform.LegalizeOps(),
-        relax.transform.AnnotateTIROpPattern(),
-        relax.transform.FoldConstant(),
-        relax.transform.FuseOps(),
-        relax.transform.FuseTIR(),
-        relax.transform.DeadCodeElimination(),
-    ]
     lowered = [
         relax.transform.RewriteDataflowReshape(),
         relax.transform.ToNonDataflow(),
@@ -50,7 +54,7 @@ def build(module: Any, machine: Machine, tune: Callable[[Any], Any] | None = Non
 
     def pipeline(mod: Any) -> Any:  # no pass of TVM's, which would make RuntimeErrors of interrupts and our errors
         with target:
-            mod = tvm.transform.Sequential(fused)(mod)
+            mod = tvm.transform.Sequential(fusion(machine))(mod)
             if tune is not None:
                 mod = tune(mod)
             return tvm.transform.Sequential(lowered)(plan(mod))

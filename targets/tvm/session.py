@@ -52,8 +52,15 @@ class Loaded:
         self.model_hash = model_hash(artifact)
 
     def placed(self, array: Array) -> Any:
-        """A copy of an array where kernels run."""
-        return tvm.runtime.tensor(np.asarray(array, order="C"), self.device)
+        """A copy of an array where kernels run.
+
+        Raises:
+            DeviceError: If there is no memory for it.
+        """
+        try:
+            return tvm.runtime.tensor(np.asarray(array, order="C"), self.device)
+        except Exception as error:
+            raise DeviceError(f"{array.nbytes} bytes cannot be put on the device: {root_cause(error)}") from error
 
     def run(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name, as TVM's tensors, of such tensors."""
@@ -111,11 +118,12 @@ class TvmSession(Session):
         """
         check_feed(feed, self._loaded.inputs)
         self._need_state()
+        given = {name: self._loaded.placed(array) for name, array in feed.items()}
         self._lost = self._in_place  # should anything end the run, an interrupt included
         try:
-            given = {name: self._loaded.placed(array) for name, array in feed.items()}
             results = self._loaded.run({**given, **self._carried})
-            outputs = {name: results[name].numpy() for name in self._loaded.outputs}  # waits for a GPU
+            outputs = {name: results[name].numpy() for name in self._loaded.outputs}
+            self._loaded.device.sync()  # of a GPU; a model may have state alone
         except Exception as error:
             lost = "; the streaming state is lost: call reset() or restore()" if self._lost else ""
             raise DeviceError(

@@ -25,12 +25,14 @@ def require_gpu(arch: str) -> None:
         )
     device = tvm.cuda()
     if not device.exist:
-        raise DeviceError("there is no NVIDIA GPU in this machine")
-    major, minor = (int(part) for part in device.compute_version.split("."))
-    if (major, minor) < capability(arch):
         raise DeviceError(
-            f"the artifact is for {arch} and later; the GPU here, {device.device_name}, is sm_{major}{minor}"
+            "no NVIDIA GPU can be used: there is none, or its driver is too old for CUDA 13; see nvidia-smi"
         )
+    major, minor = (int(part) for part in device.compute_version.split("."))
+    wanted, only = capability(arch), arch.endswith("a")
+    if (major, minor) < wanted or (only and (major, minor) != wanted):
+        later = "" if only else " and later"
+        raise DeviceError(f"the code is for {arch}{later}; the GPU here, {device.device_name}, is sm_{major}{minor}")
 
 
 def peak_memory(artifact: Artifact, feed: Feed) -> int:
@@ -44,6 +46,8 @@ def peak_memory(artifact: Artifact, feed: Feed) -> int:
     """
     from onnxcomp.targets.tvm.session import Loaded, TvmSession
 
+    # Blocks that earlier sessions took and gave back would serve this one.
+    tvm.get_global_func("vm.builtin.memory_manager.clear")()
     before = _free()
     loaded = Loaded(artifact, 1)
     check_feed(feed, loaded.inputs)

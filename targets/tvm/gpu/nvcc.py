@@ -28,7 +28,7 @@ def nvcc() -> Path:
             return path
     raise CompileError(
         "no CUDA compiler: nvcc is neither in $CUDA_HOME, on the path, nor installed as a package; do "
-        "'pip install onnxcomp[tvm-cuda]', or install the CUDA toolkit"
+        "'pip install onnxcomp[tvm-cuda]', or install the CUDA toolkit; it needs g++ as well"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ _FORMAT = b"fatbin"
 _COMPILED = (b"cubin", _FORMAT, b"ptx")
 _CALLBACK = "tvm_callback_cuda_compile"
 
+_lock = threading.Lock()
+
 
 def pack_imports(arch: str) -> Callable[..., str]:
     """What writes the imported modules of a library, for `export_library`.
@@ -41,7 +44,10 @@ def pack_imports(arch: str) -> Callable[..., str]:
         if length != len(blob) - 8:
             raise CompileError("TVM writes imported modules in a form that is not known")
         blob = blob[8:]
-        for kernels in _of_cuda(module):
+        found = _of_cuda(module)
+        if len(found) > 1:
+            raise CompileError("TVM made several modules of kernels, and one is expected")
+        for kernels in found:
             source = kernels.inspect_source()
             blob = with_code(blob, source, partial(compile_fatbin, source, arch))
         symbol = re.search(r"const unsigned char (\w+)\[", text)
@@ -82,12 +88,13 @@ def with_code(blob: bytes, source: str, code: Callable[[], bytes]) -> bytes:
 @contextmanager
 def compiling_for(arch: str) -> Iterator[None]:
     """Lets TVM compile kernels as we do, where it does so itself: by its own flags they would not be exact."""
-    original = tvm.get_global_func(_CALLBACK)
-    tvm_ffi.register_global_func(_CALLBACK, lambda source: compile_fatbin(str(source), arch), override=True)
-    try:
-        yield
-    finally:
-        tvm_ffi.register_global_func(_CALLBACK, original, override=True)
+    with _lock:
+        original = tvm.get_global_func(_CALLBACK)
+        tvm_ffi.register_global_func(_CALLBACK, lambda source: compile_fatbin(str(source), arch), override=True)
+        try:
+            yield
+        finally:
+            tvm_ffi.register_global_func(_CALLBACK, original, override=True)
 
 
 def _text(value: bytes) -> bytes:

@@ -18,7 +18,7 @@ _HOST = "tirx.is_host_func"
 def schedule(module: Any) -> Any:
     """Schedules every function of TVM's own in a module, within the scope of a target, and returns the module."""
     scheduled = {
-        name: _scheduled(function)
+        name: _scheduled(function, name.name_hint)
         for name, function in module.functions.items()
         if isinstance(function, tirx.PrimFunc) and not any(key in (function.attrs or {}) for key in (OWN, _HOST))
     }
@@ -27,16 +27,16 @@ def schedule(module: Any) -> Any:
     return module
 
 
-def _scheduled(function: Any) -> Any:
+def _scheduled(function: Any, name: str) -> Any:
     """The function by the first rule that takes it; the last takes all."""
     target = tvm.target.Target.current()
     rules = (dlight.gpu.Matmul(), dlight.gpu.GEMV(), dlight.gpu.Reduction(), dlight.gpu.GeneralReduction())
     for rule in (*rules, dlight.gpu.Fallback()):
         try:
             found = rule.apply(function, target, False)
-        except tvm.error.InternalError:  # some rules start before they know that they cannot
+        except Exception:  # some rules start before they know that they cannot, and fail in whatever way
             continue
         if found is not None:
             plan = found if isinstance(found, s_tir.Schedule) else found[0]
             return plan.mod["main"]
-    raise CompileError("TVM finds no threads for a function of its own")
+    raise CompileError(f"TVM finds no threads for {name}, a function of its own")

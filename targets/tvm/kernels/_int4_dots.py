@@ -95,7 +95,8 @@ def int4_dots(machine: Machine, *, rows: int | None, k: int, f: int, scale: str,
             first: T.let = g // own * (_BYTES * 2 * size) + g % own * (GROUP // 2)
             for i in T.serial(GROUP // 2):
                 for half in T.unroll(2):
-                    value: T.let = T.Cast("int32", T.nearbyint(x[row, g * GROUP + 2 * i + half] * inverse))
+                    scaled: T.let = T.Select(finite, x[row, g * GROUP + 2 * i + half] * inverse, T.float32(0))
+                    value: T.let = T.Cast("int32", T.nearbyint(scaled))
                     total[0] = total[0] + value
                     low: T.let = T.Cast("int8", value)
                     above: T.let = T.shift_right(value - T.Cast("int32", low), 8)

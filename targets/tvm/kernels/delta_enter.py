@@ -35,7 +35,7 @@ def enter(machine: Machine, *, stage: Stage) -> Any:
     tasks = -(-blocks // _TASK)
     deliver = send(machine, stage)
     reset = clear(stage.pixels)
-    few = channels <= _FEW and not stage.rounds
+    few = channels <= _FEW and not stage.rounds and stage.threshold > 0  # a small change has a square of 0
 
     @T.inline
     def gather(x, values, image, first, some):

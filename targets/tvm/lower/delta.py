@@ -66,7 +66,10 @@ class Delta(Pass):
             when = dense_steps(maps)
             edits += lower_maps(model, editor, states, maps)
             if when is not None:
-                note = f"a step that changes more than {when.share:.0%} of an input's pixels takes longer than densely"
+                note = (
+                    f"a step that changes more than {when.share:.0%} of an input's pixels may take longer than "
+                    "densely, by what was measured of native kernels"
+                )
                 edits.append(applied(maps[0], note))
         edits += lower_vectors(model, editor, states, holds, "reads the weights of changed inputs only")
         states.write()

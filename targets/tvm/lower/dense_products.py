@@ -43,8 +43,8 @@ class DenseProducts(Pass):
             if call is None or call.format.suffix or call.op not in ("ThresholdMatMul", "GatedMLP"):
                 continue
             if reason := why_dense(call, context.capabilities.break_even, fixed_rows(node)):
-                _replace(editor, call)
-                node.metadata_props[INSTEAD] = reason
+                for product in _replace(editor, call):
+                    product.metadata_props.update({INSTEAD: reason, MACS: str(count_macs(product, 1))})
                 edits.append(applied(node, f"runs as a dense product: {reason}"))
         if edits:
             drop_unused(model)
@@ -52,7 +52,8 @@ class DenseProducts(Pass):
         return edits
 
 
-def _replace(editor: Editor, call: SparseCall) -> None:
+def _replace(editor: Editor, call: SparseCall) -> list[ir.Node]:
+    """Makes a sparse op a dense one, and returns its products."""
     node, name = call.node, call.node.name or call.op
     first, *rest = node.inputs
     threshold = node.inputs[-1]
@@ -66,11 +67,14 @@ def _replace(editor: Editor, call: SparseCall) -> None:
     )
     zero = editor.weight(f"{name}_zero", np.zeros((), np.float32))
     kept = editor.before(node, "Where", [small, zero, first], name=f"{name}_kept", like=first)
-    weight = rest[0]
+    weight, products = rest[0], [node]
     if call.op == "GatedMLP":
         x, up, weight = rest[:3]
         assert x is not None
         neurons = editor.before(node, "MatMul", [x, up], name=f"{name}_up", like=kept)
+        producer = neurons.producer()
+        assert producer is not None
+        products.append(producer)
         kept = editor.before(node, "Mul", [kept, neurons], name=f"{name}_hidden", like=kept)
     become(node, "MatMul", [kept, weight])
-    node.metadata_props[MACS] = str(count_macs(node, 1))
+    return products

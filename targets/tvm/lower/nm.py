@@ -82,7 +82,7 @@ class Nm(Pass):
         rows = fixed_rows(call.node)
         most = (_MOST_ROWS_OF_GPU if isinstance(self.machine, Gpu) else _MOST_ROWS)[call.kept]
         if rows > most and not nm.rounds(self.machine, _dtype(call)):
-            return f"it has {rows} rows, and the kernel is faster up to {most}"
+            return f"it has {rows} rows, and the kernel is taken to be faster up to {most}"
         return ""
 
     def _blocks(self, editor: Editor, call: NmCall) -> list[ir.Value]:

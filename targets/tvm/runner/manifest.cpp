@@ -155,7 +155,7 @@ Manifest checked(const json::Object& root) {
   if (string(root, "target").rfind("tvm-", 0) != 0) throw BadInput("the artifact is for another target than TVM's");
   Manifest out;
   out.triple = string(root, "triple");
-  out.gpu = !string(root, "gpu").empty();
+  out.gpu = string(root, "gpu");
   const json::Object files = object(value(root, "files"), "files");
   out.model = facts(files, "model.so");
   out.weights_file = facts(files, "weights.bin");

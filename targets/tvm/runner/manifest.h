@@ -47,7 +47,7 @@ struct FileFacts {
 
 struct Manifest {
   std::string triple;
-  bool gpu = false;  // kernels run on a GPU
+  std::string gpu;  // architecture of the GPU that kernels run on, as sm_87; empty if it is the CPU
   FileFacts model, weights_file;
   std::vector<Port> inputs;
   std::vector<std::string> outputs;

@@ -84,11 +84,16 @@ Model::Model(const std::string& folder, const Manifest& manifest, bool hashed)
     throw CannotLoad("cannot load model.so: " + message(error));
   }
   arguments_.resize(manifest.parameters.size());
-  for (const State& state : manifest.state) {
-    arguments_[parameter(state.input)] = placement_.zeros(state.shape, *state.type);
-  }
-  for (const Weight& weight : manifest.weights) {
-    arguments_.push_back(placement_.placed(borrowed_tensor(weight.shape, *weight.type, weights_.data() + weight.offset)));
+  try {
+    for (const State& state : manifest.state) {
+      arguments_[parameter(state.input)] = placement_.zeros(state.shape, *state.type);
+    }
+    for (const Weight& weight : manifest.weights) {
+      arguments_.push_back(
+          placement_.placed(borrowed_tensor(weight.shape, *weight.type, weights_.data() + weight.offset)));
+    }
+  } catch (const ffi::Error& error) {
+    throw CannotLoad("weights and state find no place: " + message(error));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -18,7 +19,7 @@ namespace ffi = tvm::ffi;
 
 constexpr std::size_t kAlignment = 64;
 constexpr DLDevice kCpu{kDLCPU, 0};
-constexpr int kExists = 0;  // of tvm::runtime::DeviceAttrKind
+constexpr int kExists = 0, kComputeVersion = 4;  // of tvm::runtime::DeviceAttrKind
 
 struct Owned {
   void AllocData(DLTensor* tensor, std::size_t bytes) {
@@ -38,6 +39,15 @@ struct Borrowed {
 DLDataType dl_type(const ElementType& type) { return {type.code, type.bits, 1}; }
 
 ffi::ShapeView view(const Shape& shape) { return {shape.data(), shape.size()}; }
+
+// The digits of a version: 87 for both sm_87 and 8.7.
+int number(const std::string& version) {
+  int found = 0;
+  for (const char c : version) {
+    if (c >= '0' && c <= '9') found = found * 10 + (c - '0');
+  }
+  return found;
+}
 
 std::string last_error() {
   const char* const text = dlerror();
@@ -59,16 +69,23 @@ void* begin_of(const ffi::Tensor& tensor) {
   return static_cast<char*>(about->data) + about->byte_offset;
 }
 
-Placement::Placement(bool gpu) {
-  if (!gpu) return;
+Placement::Placement(const std::string& arch) {
+  if (arch.empty()) return;
   if (dlopen("libtvm_runtime_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw CannotLoad("TVM's runtime for CUDA cannot be loaded; it needs NVIDIA's driver and libcudart.so.13: " +
                      last_error());
   }
   device_ = DLDevice{kDLCUDA, 0};
-  if (ffi::Function::GetGlobalRequired("runtime.GetDeviceAttr")(static_cast<int>(kDLCUDA), 0, kExists).cast<int>() !=
-      1) {
-    throw CannotLoad("there is no NVIDIA GPU in this machine");
+  const ffi::Function attribute = ffi::Function::GetGlobalRequired("runtime.GetDeviceAttr");
+  if (attribute(static_cast<int>(kDLCUDA), 0, kExists).cast<int>() != 1) {
+    throw CannotLoad("no NVIDIA GPU can be used: there is none, or its driver is too old for CUDA 13");
+  }
+  const auto version = std::string(attribute(static_cast<int>(kDLCUDA), 0, kComputeVersion).cast<ffi::String>());
+  const bool only = arch.back() == 'a';  // such code runs on no later GPU
+  const int here = number(version), wanted = number(arch);
+  if (here < wanted || (only && here != wanted)) {
+    throw CannotLoad("the artifact is for " + arch + (only ? "" : " and later") + ", and the GPU here is of compute " +
+                     "capability " + version);
   }
 }
 
@@ -87,7 +104,8 @@ void Placement::copy(const ffi::Tensor& from, const ffi::Tensor& to) const {
   if (!gpu()) {
     const ElementType* const type = element_type(from.dtype().code, from.dtype().bits);
     const Shape shape(from.shape().begin(), from.shape().end());
-    if (type != nullptr) std::memcpy(begin_of(to), begin_of(from), bytes_of(shape, *type));
+    if (type == nullptr) throw BadInput("a tensor is of a type that .npy has not");
+    std::memcpy(begin_of(to), begin_of(from), bytes_of(shape, *type));
     return;
   }
   static const ffi::Function copy_between = ffi::Function::GetGlobalRequired("runtime.TVMTensorCopyFromTo");

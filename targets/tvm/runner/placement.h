@@ -5,6 +5,7 @@
 #include <tvm/ffi/container/tensor.h>
 
 #include <cstdint>
+#include <string>
 
 #include "tensors.h"
 
@@ -22,8 +23,9 @@ void* begin_of(const tvm::ffi::Tensor& tensor);
 // The device that a model runs on.
 class Placement {
  public:
-  // Throws CannotLoad if a GPU is wanted and there is none, or its driver or TVM's part for it cannot be loaded.
-  explicit Placement(bool gpu);
+  // A GPU that runs code for `arch`, as sm_87, or the CPU if that is empty. Throws CannotLoad if there is no such GPU, or
+  // its driver or TVM's part for it cannot be loaded.
+  explicit Placement(const std::string& arch);
 
   DLDevice device() const { return device_; }
   bool gpu() const { return device_.device_type != kDLCPU; }

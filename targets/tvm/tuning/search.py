@@ -20,7 +20,10 @@ from onnxcomp.targets.tvm.tuning import Tuning
 from onnxcomp.targets.tvm.tuning.store import Result
 from onnxcomp.targets.tvm.tuning.tasks import Task
 
-_WORKER = "onnxcomp.targets.tvm.tuning.worker"
+# By `-m` Python would look for modules in the current folder first.
+_START = (
+    "import sys; sys.path = [p for p in sys.path if p]; from onnxcomp.targets.tvm.tuning.worker import main; main()"
+)
 _TICK = 0.5
 """Seconds from one report of progress to the next, when the process says nothing."""
 
@@ -41,7 +44,7 @@ def search(
         workloads: The functions as MetaSchedule writes them, by key.
         machine: What to compile for, which is this machine.
         tuning: Most seconds, and whom to tell.
-        keep: Told of each result that is better than the last of the same key.
+        keep: Told whatever is known of a key, whenever that is more than before.
 
     Returns:
         Why a task has no search, by key.
@@ -50,9 +53,31 @@ def search(
         CompileError: If the process fails.
     """
     end = time.monotonic() + tuning.seconds
+    found, refused, left = dict(known), dict[str, str](), list(tasks)
+    # A schedule that crashes takes the process with it, and its task is given up; what was found of it stays.
+    while left:
+        crashed = _until(end, left, found, workloads, machine, tuning, keep, refused)
+        if crashed is None:
+            break
+        refused[crashed.key] = "a schedule crashed"
+        left = [task for task in left if task.key not in refused]
+    return refused
+
+
+def _until(
+    end: float,
+    tasks: Sequence[Task],
+    known: dict[str, Result],
+    workloads: Mapping[str, Any],
+    machine: Machine,
+    tuning: Tuning,
+    keep: Callable[[str, Result], None],
+    refused: dict[str, str],
+) -> Task | None:
+    """Runs one process until `end`; returns the task at which it crashed, if it did."""
     job = {
         "machine": asdict(machine),
-        "seconds": tuning.seconds,
+        "seconds": max(0.0, end - time.monotonic()),
         "trials": tuning.trials,
         "tasks": [
             {
@@ -64,7 +89,7 @@ def search(
             for task in tasks
         ],
     }
-    refused: dict[str, str] = {}
+    task: Task | None = None
     text = "tune"
     with _process(job) as (process, errors):
         for line in _lines(process, end):
@@ -74,17 +99,20 @@ def search(
                 if "error" in line:
                     refused[task.key] = line["error"]
                 elif "before" in line:
-                    keep(task.key, _result(line, workloads[task.key]))
+                    known[task.key] = _result(line, workloads[task.key])
+                    keep(task.key, known[task.key])
             if tuning.progress:
                 over = tuning.seconds - (end - time.monotonic())
                 tuning.progress(text, min(int(over), int(tuning.seconds)), max(1, int(tuning.seconds)))
         code = process.poll()
+        if code is not None and code < 0 and task is not None:
+            return task
         if code:
             raise CompileError(
                 f"the process that tunes ended with {code}: {_last(errors) or 'it said nothing'}. What it found is "
                 "kept: compile again to go on from there, or with --tune 0 to do with that"
             )
-    return refused
+    return None
 
 
 def _result(line: Mapping[str, Any], workload: Sequence[Any]) -> Result:
@@ -114,13 +142,13 @@ def _process(job: Mapping[str, Any]) -> Iterator[tuple[subprocess.Popen[bytes], 
         source.write(json.dumps(job).encode())
         source.seek(0)
         process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER],
+            [sys.executable, "-c", _START],
             stdin=source,
             stdout=subprocess.PIPE,
             stderr=errors,
             env={
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
                 "TVM_NUM_THREADS": "1",
                 "OMP_NUM_THREADS": "1",
             },

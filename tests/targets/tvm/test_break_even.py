@@ -31,6 +31,7 @@ def test_every_kind_of_weight_and_op_is_measured_and_kept(measured):
 
 
 def test_without_measuring_the_table_of_the_package_holds():
+    assert DEFAULT
     assert TvmCpu().capabilities().break_even == DEFAULT
 
 

@@ -12,6 +12,7 @@ tvm = pytest.importorskip("tvm")
 
 from onnxcomp.break_even import BreakEven  # noqa: E402
 from onnxcomp.model import infer_shapes  # noqa: E402
+from onnxcomp.ops import DOMAIN, OPS, SPARSITY  # noqa: E402
 from onnxcomp.passes.threshold import Threshold  # noqa: E402
 from onnxcomp.rewrite import Pipeline  # noqa: E402
 from onnxcomp.targets.ort import reference_runner  # noqa: E402
@@ -91,3 +92,48 @@ def test_not_a_number_stays_one_in_a_dense_product(tmp_path, monkeypatch):
     found = target.load(artifact).run({"x": x})["y"]
     assert np.isnan(found[1]).all()
     assert np.isfinite(found[[0, 2]]).all()
+
+
+def gated(one_sided: int) -> ir.Model:
+    """`GatedMLP(gates, x, up, down, threshold)`, of which calibration said that 30 % of the neurons are dropped."""
+    rng = np.random.default_rng(3)
+
+    def value(name: str, *shape: int) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+    def constant(name: str, array: np.ndarray) -> ir.Value:
+        found = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
+        found.type = ir.TensorType(ir.DataType.FLOAT)
+        return found
+
+    gates, x, y = value("gates", ROWS, K), value("x", ROWS, 16), value("y", ROWS, N)
+    weights = [
+        constant("up", rng.standard_normal((16, K)).astype(np.float32)),
+        constant("down", rng.standard_normal((K, N)).astype(np.float32)),
+        constant("limit", np.float32(0.4)),
+    ]
+    attributes = {"one_sided": one_sided}
+    node = ir.node("GatedMLP", [gates, x, *weights], attributes, domain=DOMAIN, outputs=[y], name="mlp")
+    node.metadata_props[SPARSITY] = "0.3"
+    graph = ir.Graph([gates, x], [y], nodes=[node], initializers=weights, opset_imports={"": 21}, name="m")
+    model = ir.Model(graph, ir_version=10)
+    OPS["GatedMLP"].install(model)
+    return model
+
+
+@pytest.mark.parametrize("one_sided", [0, 1])
+def test_a_gated_mlp_becomes_two_products_that_the_audit_counts(tmp_path, monkeypatch, one_sided):
+    model, target = gated(one_sided), TvmCpu()
+    entry = BreakEven(
+        op="gated_mlp", weights="fp32", dense="fp32", inputs=16, outputs=K, rows=ROWS, threads=1, sparsity=0.6
+    )
+    about = dataclasses.replace(target.capabilities(), break_even=(entry,))
+    monkeypatch.setattr(target, "capabilities", lambda: about)
+    artifact = target.compile(model, tmp_path / "out")
+    assert "GatedMLP" not in artifact.audit.executed_ops
+    assert sum(row.macs for row in artifact.audit.rows) == ROWS * (16 * K + K * N)
+    assert all("neurons are dropped" in row.reason for row in artifact.audit.rows)
+    rng = np.random.default_rng(4)
+    feed = {n: rng.standard_normal((ROWS, s)).astype(np.float32) for n, s in (("gates", K), ("x", 16))}
+    wanted = reference_runner(model, ["y"])(feed)["y"]
+    np.testing.assert_allclose(target.load(artifact).run(feed)["y"], wanted, rtol=1e-4, atol=1e-4)

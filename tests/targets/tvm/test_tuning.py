@@ -14,7 +14,6 @@ from builder import Builder
 
 tvm = pytest.importorskip("tvm")
 
-from tvm import relax  # noqa: E402
 from tvm.s_tir import meta_schedule  # noqa: E402
 from tvm.script import tirx as T  # noqa: E402, N812
 from tvm_harness import lowered  # noqa: E402
@@ -25,6 +24,7 @@ from onnxcomp.errors import CompileError, DeviceError, RecipeError, TargetError,
 from onnxcomp.targets.tvm.boards import HOST, machine  # noqa: E402
 from onnxcomp.targets.tvm.compile import compile_model  # noqa: E402
 from onnxcomp.targets.tvm.importing import to_relax  # noqa: E402
+from onnxcomp.targets.tvm.pipeline import fusion  # noqa: E402
 from onnxcomp.targets.tvm.tuning import Tuning, search, store, tuner, worker  # noqa: E402
 from onnxcomp.targets.tvm.tuning.tasks import find_tasks  # noqa: E402
 from onnxcomp.verbs.resolve import make_target  # noqa: E402
@@ -54,9 +54,8 @@ def fused(model: ir.Model):
     target = make_target("tvm-cpu")
     here = machine(HOST, "x86_64", cpu_flags())
     module = to_relax(lowered(model, target.lowering()), here).module
-    steps = ("LegalizeOps", "AnnotateTIROpPattern", "FoldConstant", "FuseOps", "FuseTIR", "DeadCodeElimination")
     with here.target():
-        return tvm.transform.Sequential([getattr(relax.transform, step)() for step in steps])(module)
+        return tvm.transform.Sequential(fusion(here))(module)
 
 
 def compiled(model: ir.Model, out, tuning: Tuning):
@@ -195,10 +194,56 @@ def test_an_interrupt_keeps_the_artifact_that_is_there_and_ends_the_process(tmp_
 
 
 def test_a_process_that_fails_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "_WORKER", "onnxcomp.no_such_module")
+    monkeypatch.setattr(search, "_START", "import onnxcomp.no_such_module")
     with pytest.raises(CompileError, match="no_such_module"):
         compiled(deconvolutions(), tmp_path / "out", Tuning(seconds=60))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_that_crashes_ends_the_search_of_its_function_alone(tmp_path, monkeypatch):
+    crash = "import os; print('{\"task\": 0}', flush=True); os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(search, "_START", crash)
+    (entry,) = compiled(deconvolutions(), tmp_path / "out", Tuning(seconds=60)).manifest["tuning"]
+    assert not entry["used"]
+    assert entry["note"] == "no search: a schedule crashed"
+
+
+def test_modules_in_the_current_folder_are_not_taken_for_those_of_the_search(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "numpy.py").write_text("raise SystemExit(7)", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (entry,) = compiled(deconvolutions(), tmp_path / "out", Tuning(seconds=2)).manifest["tuning"]
+    assert "crash" not in entry["note"]
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.9, True), (0.99, True), (1.1, False)])
+def test_a_search_goes_on_from_a_schedule_that_is_still_faster(monkeypatch, after, kept):
+    task, record = searched(monkeypatch, after)
+    assert (task.record == record) == kept
+    assert (task.best is not None) == kept
+
+
+def searched(monkeypatch, after: float):
+    """A search that starts with a record, which now takes `after` of the plain loop's time."""
+    name = "tvm.s_tir.tensor_intrin"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(worker, "_interleaved", lambda *_: (1.0, after))
+    (found,) = find_tasks(fused(deconvolutions())).tasks
+    database = meta_schedule.database.MemoryDatabase()
+    workload = database.commit_workload(found.workload)
+    here = machine(HOST, "x86_64", cpu_flags())
+    plan = tvm.s_tir.Schedule(found.workload)
+    record = meta_schedule.database.TuningRecord(
+        plan.trace,
+        workload,
+        [1.0],
+        here.target(),
+        meta_schedule.arg_info.ArgInfo.from_prim_func(found.workload["main"]),
+    )
+    job = {"workload": workload.as_json(), "calls": 1, "record": record.as_json(), "trials": 8}
+    task = worker.Task(job, here, meta_schedule.cost_model.RandomModel(), most=8, seed=1)
+    return task, job["record"]
 
 
 @pytest.mark.parametrize("name", ["tvm-cpu:x86-64", "tvm-aarch64"])

@@ -141,6 +141,17 @@ def test_profile_names_kernels_and_tells_memory(artifact):
     assert 1 << 20 < found.peak_memory < 1 << 28
 
 
+def test_an_artifact_is_profiled_on_its_own_target(artifact, tmp_path):
+    assert api.profile(artifact.path, repeat=2).target == "tvm-cpu"
+    arm = compiled(mlp(), make_target("tvm-aarch64"), tmp_path / "arm")
+    with pytest.raises(DeviceError, match="for aarch64"):
+        api.profile(arm.path)
+    manifest = arm.path / "manifest.json"
+    manifest.write_text("[]", encoding="utf-8")
+    with pytest.raises(TargetError, match="names no target"):
+        api.profile(arm.path)
+
+
 def test_types_that_arrays_have_not_are_refused(tmp_path):
     b = Builder()
     b.input("x", [2], TensorProto.BFLOAT16)

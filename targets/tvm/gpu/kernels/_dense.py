@@ -108,14 +108,22 @@ def add_up(p: Product, splits: int) -> Any:
     return launch
 
 
-def launched(p: Product, splits: int, compute: Any) -> Any:
-    """Macro `(x, w, bias, residual, y)`: a macro `(x, w, bias, residual, y, parts)`, and the sum of parts behind it."""
+def launched(p: Product, splits: int, compute: Any, most: int | None = None) -> Any:
+    """Macro `(x, w, bias, residual, y)`: a macro `(x, w, bias, residual, y, parts)`, and the sum of parts behind it.
+
+    Args:
+        p: The product.
+        splits: Parts of each sum.
+        compute: The macro.
+        most: Rows that there are at most where it is launched: memory for parts is taken before that is known.
+    """
     total = add_up(p, splits)
+    rows = p.rows if most is None else min(p.rows, most) if isinstance(p.rows, int) else T.min(p.rows, most)
 
     @T.inline
     def launches(x, w, b, r, y):
         if splits > 1:
-            parts = T.alloc_buffer((splits, p.rows, p.whole), "float32")
+            parts = T.alloc_buffer((splits, rows, p.whole), "float32")
             compute(x, w, b, r, y, parts)
             total(parts, b, r, y)
         else:

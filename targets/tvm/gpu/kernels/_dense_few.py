@@ -16,7 +16,7 @@ _WARPS = 8
 """Warps of a block that share out the inner dimension."""
 
 
-def few(p: Product, height: int) -> Any:
+def few(p: Product, height: int, most: int | None = None) -> Any:
     """Macro `(x, w, bias, residual, y)`: launches for blocks of few rows, one group.
 
     Threads beside each other read 16 bytes each of a row of the weight, so that a warp reads runs of 64 bytes or more;
@@ -28,6 +28,7 @@ def few(p: Product, height: int) -> Any:
     Args:
         p: The product.
         height: Rows of a block.
+        most: Rows that there are at most where it is launched; see `launched`.
     """
     wanted = 2 * p.machine.multiprocessors
     columns = next((c for c in (64, 32) if -(-p.n // c) >= wanted), 16)
@@ -135,4 +136,4 @@ def few(p: Product, height: int) -> Any:
                             if i < height * columns:
                                 store(shared, b, r, y, parts, split, row + i // columns, first + i % columns, i)
 
-    return launched(p, splits, dot)
+    return launched(p, splits, dot, most)

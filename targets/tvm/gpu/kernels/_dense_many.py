@@ -14,13 +14,14 @@ _SPLITS = 64
 """Parts that an inner dimension is cut into, at most."""
 
 
-def many(p: Product, likely: int, most: int = _SPLITS) -> Any:
+def many(p: Product, likely: int, most: int = _SPLITS, most_rows: int | None = None) -> Any:
     """Macro `(x, w, bias, residual, y)`: launches that compute a product by tiles.
 
     Args:
         p: The product.
         likely: Rows that the tile is chosen for.
         most: Parts that the inner dimension is cut into, at most.
+        most_rows: Rows that there are at most where it is launched; see `launched`.
     """
     tile, length = choose(p.machine, likely, p.k, p.n, p.groups, most)
     splits = -(-p.k // length)
@@ -73,4 +74,4 @@ def many(p: Product, likely: int, most: int = _SPLITS) -> Any:
                             if T.And(line < p.rows, place < p.n):
                                 store(sums, b, r, y, parts, split, group, line, place, i, j * y_lanes)
 
-    return launched(p, splits, tiles)
+    return launched(p, splits, tiles, most_rows)

@@ -39,7 +39,8 @@ def product(p: Product, likely: int) -> Any:
         return many(p, p.rows)
     if not streamed:
         return many(p, likely)
-    one, some, more, rest = few(p, 1), few(p, _HIGHEST), many(p, likely), many(p, _MANY, most=1)
+    one, some = few(p, 1, most=1), few(p, _HIGHEST, most=_FEW)
+    more, rest = many(p, likely, most_rows=likely), many(p, _MANY, most=1)
 
     @T.inline
     def launches(x, w, b, r, y):

@@ -65,7 +65,7 @@ def run(first: Any, count: int) -> Any:
     return T.ramp(first, 1, count) if count > 1 else first
 
 
-def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int) -> Any:
+def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int, most: int | None = None) -> Any:
     """A macro `(values, places, counts, w, scale, zero, afresh, total, y, rows)` that makes all sums.
 
     Args:
@@ -74,6 +74,7 @@ def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int) -> A
         rows: Rows of activations; None for any number, few most of the time.
         k: Inputs.
         n: Outputs.
+        most: Rows that there are at most where it is launched: memory for parts is taken before that is known.
     """
     each, together = form.each, form.together
     lanes, tiles, chunks = _shares(machine, form, rows, k)
@@ -147,7 +148,8 @@ def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int) -> A
 
     @T.inline
     def body(values, places, counts, w, scale, zero, afresh, total, y, m):
-        part = T.alloc_buffer((T.max(m, 1) if chunks > 1 else 1, chunks, n if chunks > 1 else 1), "float32")
+        height = T.meta_var(T.max(m if most is None else T.min(m, most), 1))
+        part = T.alloc_buffer((height if chunks > 1 else 1, chunks, n if chunks > 1 else 1), "float32")
         for block in T.thread_binding(T.max(m, 1) * tiles, thread="blockIdx.x"):
             for chunk in T.thread_binding(chunks, thread="blockIdx.y"):
                 for thread in T.thread_binding(_THREADS, thread="threadIdx.x"):

@@ -31,7 +31,7 @@ def activation(machine: Gpu, *, size: int | None, epilogue: Epilogue) -> Any:
         T.func_attr({"tirx.noalias": True})
         x = T.match_buffer(x_, (n,), "float32")
         y = T.match_buffer(y_, (n,), "float32")
-        for block in T.thread_binding((n + _THREADS - 1) // _THREADS, thread="blockIdx.x"):
+        for block in T.thread_binding(T.max((n + _THREADS - 1) // _THREADS, 1), thread="blockIdx.x"):
             for thread in T.thread_binding(_THREADS, thread="threadIdx.x"):
                 i: T.let = block * _THREADS + thread
                 if i < n:

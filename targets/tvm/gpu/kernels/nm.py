@@ -37,6 +37,9 @@ _INPUTS = 8192
 _HEIGHT = 4
 """Rows whose sums stay in registers."""
 
+_SEVERAL, _REST = 64, 4096
+"""Rows up to which sums are made in parts, where their number is not known, and how many are reckoned with beyond."""
+
 
 @cache
 def nm_matmul(machine: Gpu, *, rows: int | None, k: int, n: int, kept: int, dtype: str) -> Any:
@@ -53,8 +56,11 @@ def nm_matmul(machine: Gpu, *, rows: int | None, k: int, n: int, kept: int, dtyp
     """
     m = tirx.Var("rows", "int64") if rows is None else rows
     blocks, count = -(-n // COLUMNS), quads(k, kept)
-    one = _product(machine, m, 1, 1, k, n, kept, dtype)
-    several = _product(machine, m, rows or _HEIGHT, rows if rows in (1, 2) else _HEIGHT, k, n, kept, dtype)
+    one = _product(machine, m, 1, 1, k, n, kept, dtype, most=1)
+    height = rows if rows in (1, 2) else _HEIGHT
+    most = _SEVERAL if rows is None else None
+    several = _product(machine, m, rows or _HEIGHT, height, k, n, kept, dtype, most=most)
+    rest = _product(machine, m, _REST, _HEIGHT, k, n, kept, dtype, most=None)
 
     @T.prim_func
     def kernel(x_: T.handle, v_: T.handle, p_: T.handle, s_: T.handle, y_: T.handle):
@@ -67,16 +73,23 @@ def nm_matmul(machine: Gpu, *, rows: int | None, k: int, n: int, kept: int, dtyp
         if rows is None:
             if m == 1:
                 one(x, values, places, scale, y)
-            else:
+            elif m <= _SEVERAL:
                 several(x, values, places, scale, y)
+            else:
+                rest(x, values, places, scale, y)
         else:
             several(x, values, places, scale, y)
 
     return kernel
 
 
-def _product(machine: Gpu, m: Any, likely: int, height: int, k: int, n: int, kept: int, dtype: str) -> Any:
-    """A macro `(x, values, places, scale, y)` that reads the weight once for `height` rows; `likely` many are there."""
+def _product(
+    machine: Gpu, m: Any, likely: int, height: int, k: int, n: int, kept: int, dtype: str, *, most: int | None
+) -> Any:
+    """A macro `(x, values, places, scale, y)` that reads the weight once for `height` rows.
+
+    `likely` rows are there, and `most` at most where it is launched: memory for parts is taken before that is known.
+    """
     each = {"float32": 4, "float16": 8, "int8": 16}[dtype]  # values of a load
     blocks, count, of_quad = -(-n // COLUMNS), quads(k, kept), inputs_of_quad(kept)
     span = each // 2  # quads that a warp reads at a time
@@ -188,7 +201,8 @@ def _product(machine: Gpu, m: Any, likely: int, height: int, k: int, n: int, kep
 
     @T.inline
     def body(x, values, places, scale, y):
-        part = T.alloc_buffer((T.max(m, 1) if chunks > 1 else 1, chunks, n if chunks > 1 else 1), "float32")
+        height_of_parts = T.meta_var(T.max(m if most is None else T.min(m, most), 1))
+        part = T.alloc_buffer((height_of_parts if chunks > 1 else 1, chunks, n if chunks > 1 else 1), "float32")
         for tile in T.thread_binding(tiles, thread="blockIdx.z"):
             for chunk in T.thread_binding(chunks, thread="blockIdx.y"):
                 for band in T.thread_binding(T.max((m + height - 1) // height, 1), thread="blockIdx.x"):

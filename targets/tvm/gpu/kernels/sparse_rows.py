@@ -42,7 +42,8 @@ def sum_rows(machine: Gpu, *, rows: int | None, k: int, n: int, dtype: str, carr
         carried: `total`, (rows, N), is added where `afresh`, int32 (rows,), is 0.
     """
     m = tirx.Var("rows", "int64") if rows is None else rows
-    few = row_sums(machine, _plain(n, dtype, carried), rows=rows, k=k, n=n)
+    most = None if carried or rows is not None else FEWEST_ROWS[dtype] - 1
+    few = row_sums(machine, _plain(n, dtype, carried), rows=rows, k=k, n=n, most=most)
     many = _many_plain(k, n, dtype)
 
     @T.inline
@@ -189,7 +190,8 @@ def sum_rows_int4(machine: Gpu, *, rows: int | None, k: int, n: int, scale: str,
     """
     vectors, groups = int4_shape(machine, k, n)[1], n // GROUP
     m = tirx.Var("rows", "int64") if rows is None else rows
-    few = row_sums(machine, _int4(vectors, groups, scale, zeros), rows=rows, k=k, n=n)
+    most = None if rows is not None else FEWEST_ROWS["int4"] - 1
+    few = row_sums(machine, _int4(vectors, groups, scale, zeros), rows=rows, k=k, n=n, most=most)
     many = _many_int4(k, n, zeros)
 
     @T.prim_func

@@ -19,7 +19,7 @@ from cuda_emulator.building import build_libraries, compile_kernels  # noqa: E40
 from onnxcomp import api  # noqa: E402
 from onnxcomp.errors import CompileError, DeviceError, RecipeError, TargetError  # noqa: E402
 from onnxcomp.targets.ort import reference_runner  # noqa: E402
-from onnxcomp.targets.tvm import TvmCuda  # noqa: E402
+from onnxcomp.targets.tvm import TvmCuda, compile  # noqa: E402
 from onnxcomp.targets.tvm.gpu import nvcc, packing  # noqa: E402
 from onnxcomp.targets.tvm.linking import compiler  # noqa: E402
 from onnxcomp.targets.tvm.runner_build import deploy  # noqa: E402
@@ -56,6 +56,7 @@ def emulated(monkeypatch) -> None:
     """Kernels are compiled for the emulator instead of a GPU, which then is there."""
     cuda_emulator.require()
     monkeypatch.setattr(packing, "compile_fatbin", lambda source, _: compile_kernels(source))
+    monkeypatch.setattr(compile, "nvcc", lambda: None)
 
 
 @pytest.fixture
