@@ -148,7 +148,7 @@ def test_feed_that_does_not_fit_is_not_sent(device, artifact):
     ("mode", "message"),
     [
         ("refuse", "the run failed on board: onnxcomp-run: no such input"),
-        ("elsewhere", "cannot load the artifact: onnxcomp-run: wrong architecture; compile"),
+        ("elsewhere", "cannot load the artifact: onnxcomp-run: wrong architecture; look whether"),
         ("illegal", "ended on board by signal 4, as when it was compiled for a CPU with other instructions"),
         ("die", "ended on board by signal 9, as when memory is short"),
     ],
