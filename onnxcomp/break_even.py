@@ -78,3 +78,14 @@ class Product:
         entries = list(entries)
         found = [self.break_even(entries, count) for count in sorted({e.rows for e in entries if e.rows > beyond})]
         return max((f for f in found if f is not None), default=None)
+
+
+def entries(measured: Mapping[tuple[Op, Weights, Weights, int, int], Mapping[int, float]]) -> tuple[BreakEven, ...]:
+    """Entries of a table for one thread: op, sparse and dense weights, inputs and outputs to sparsities by rows."""
+    return tuple(
+        BreakEven(
+            op=op, weights=weights, dense=dense, inputs=inputs, outputs=outputs, rows=rows, threads=1, sparsity=sparsity
+        )
+        for (op, weights, dense, inputs, outputs), found in measured.items()
+        for rows, sparsity in found.items()
+    )

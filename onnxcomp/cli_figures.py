@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onnxcomp import cli_devices, cli_render
+from onnxcomp import cli_devices, cli_render, cli_sparsity, cli_streams
 from onnxcomp.cli_gates import Gate, fail
 from onnxcomp.cli_options import (
     CalibrationData,
@@ -96,7 +96,7 @@ def sparsity(
             model, data=data, tokens=tokens, window=window, samples=samples, cett=cett, measure=measure, seed=seed,
             shapes=shapes(inputs), progress=progress,
         )  # fmt: skip
-    cli_render.sparsity(result, as_json)
+    cli_sparsity.sparsity(result, as_json)
     if report is not None:
         api.write_sparsity_page(result, report, model=model.name, data=tokens or data or "")
         if not as_json:
@@ -127,7 +127,7 @@ def perplexity(
             model, tokens=tokens, baseline=baseline, window=window, stride=stride, limit=limit, target=target,
             threads=threads, shapes=shapes(inputs), progress=progress,
         )  # fmt: skip
-    cli_render.perplexity(result, as_json)
+    cli_sparsity.perplexity(result, as_json)
     if max_rise is not None and result.rise is not None and not result.rise <= max_rise:
         fail(f"perplexity rises by {result.rise:.2%}, more than --max-rise {max_rise:g}")
 
@@ -187,7 +187,7 @@ def profile(
                 model, baseline, target=target, data=data, samples=samples, **timing.keywords(),
                 shapes=shapes(inputs), progress=progress,
             )  # fmt: skip
-        cli_render.stream_profile(found, as_json)
+        cli_streams.stream_profile(found, as_json)
         if plot is not None:
             api.write_stream_page(found, plot, model=model.name)
             if not as_json:

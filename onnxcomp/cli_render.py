@@ -17,24 +17,16 @@ if TYPE_CHECKING:
     from onnxcomp.api import (
         Inspection,
         Legalization,
-        Perplexity,
         Profile,
         RewriteResult,
-        SparsityProfile,
-        StreamProfile,
     )
     from onnxcomp.break_even import BreakEven
     from onnxcomp.compare import Fidelity
     from onnxcomp.doctor import Diagnosis
     from onnxcomp.profile import Ratio
     from onnxcomp.rewrite import PassReport, Progress
-    from onnxcomp.stream_profile import StreamStep
     from onnxcomp.target import Artifact
     from onnxcomp.verbs.results import GroupImpact, Impact, LayerImpact, PatternUse
-    from onnxcomp.verbs.sparsity import Density
-
-_SHOWN_STEPS = 24
-"""Lines for the steps of a stream; longer ones are put together."""
 
 
 @contextmanager
@@ -85,7 +77,7 @@ def warn_of_random(data: str | None) -> None:
 def show(value: Any, as_json: bool) -> None:
     """Prints a dataclass."""
     if as_json:
-        _json(value)
+        print_json(value)
         return
     for name, item in vars(value).items():
         say(f"{name}: {item}")
@@ -94,7 +86,7 @@ def show(value: Any, as_json: bool) -> None:
 def names(found: Mapping[str, str], as_json: bool) -> None:
     """Prints names with their summaries."""
     if as_json:
-        _json(found)
+        print_json(found)
     else:
         table(("name", "what it is"), list(found.items()))
 
@@ -102,7 +94,7 @@ def names(found: Mapping[str, str], as_json: bool) -> None:
 def checks(found: Sequence[Diagnosis], as_json: bool) -> None:
     """Prints what the doctor found."""
     if as_json:
-        _json(found)
+        print_json(found)
     else:
         table(("", "state", "found", "to fix"), [(c.name, c.state, c.value, c.fix) for c in found])
 
@@ -110,7 +102,7 @@ def checks(found: Sequence[Diagnosis], as_json: bool) -> None:
 def inspection(found: Inspection, as_json: bool) -> None:
     """Prints what a model is made of."""
     if as_json:
-        _json(found)
+        print_json(found)
         return
     size = found.size
     rows = [
@@ -155,7 +147,7 @@ def _patterns(found: Sequence[PatternUse]) -> None:
 def rewrite_result(result: RewriteResult, as_json: bool) -> None:
     """Prints what a rewrite did and refused."""
     if as_json:
-        _json({name: value for name, value in vars(result).items() if name != "model"})
+        print_json({name: value for name, value in vars(result).items() if name != "model"})
         return
     _passes(result.passes)
     say(f"wrote {result.path}" if result.path else "dry run: nothing was written")
@@ -167,7 +159,7 @@ def legalization(found: Legalization, as_json: bool) -> None:
     if as_json:
         shares = {name: {"integer_mac_share": audit.integer_mac_share} for name, audit in audits.items()}
         shown = {name: value for name, value in vars(found).items() if name != "model"}
-        _json({**shown, **{k: {**vars(audits[k]), **v} for k, v in shares.items()}, "accepted": found.accepted})
+        print_json({**shown, **{k: {**vars(audits[k]), **v} for k, v in shares.items()}, "accepted": found.accepted})
         return
     _passes(found.passes)
     for name, audit in audits.items():
@@ -225,7 +217,7 @@ def _ratio(what: str, found: Ratio | None) -> None:
 def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
     """Prints from which sparsity on sparse kernels pay: a line a kernel and shape, a column a number of rows."""
     if as_json:
-        _json(found)
+        print_json(found)
         return
     rows = sorted({e.rows for e in found})
     lines: dict[tuple[str, ...], dict[int, str]] = {}
@@ -240,7 +232,7 @@ def break_even(found: Sequence[BreakEven], as_json: bool) -> None:
 def artifact(found: Artifact, as_json: bool) -> None:
     """Prints the audit of an artifact."""
     if as_json:
-        _json({"path": str(found.path), "manifest": found.manifest})
+        print_json({"path": str(found.path), "manifest": found.manifest})
         return
     rows = found.audit.rows
     if found.audit.note:
@@ -258,8 +250,8 @@ def artifact(found: Artifact, as_json: bool) -> None:
                     t["function"],
                     str(t["calls"]),
                     str(t["trials"]),
-                    _decimals(t["before_us"], 1),
-                    _decimals(t["after_us"], 1),
+                    decimals(t["before_us"], 1),
+                    decimals(t["after_us"], 1),
                     t["note"],
                 )
                 for t in tuned
@@ -271,7 +263,7 @@ def artifact(found: Artifact, as_json: bool) -> None:
 def profile(found: Profile, as_json: bool) -> None:
     """Prints latencies."""
     if as_json:
-        _json(found)
+        print_json(found)
         return
     table(
         ("", "p50 ms", "p90 ms", "p99 ms", "CPU p50 ms", "runs"),
@@ -288,70 +280,10 @@ def profile(found: Profile, as_json: bool) -> None:
     table(("slowest nodes", "op", "us"), [(n.node, n.op_type, f"{n.microseconds:.1f}") for n in slowest])
 
 
-def stream_profile(found: StreamProfile, as_json: bool) -> None:
-    """Prints what the steps of a stream take: all of them, those of low and of high density, and one by one."""
-    if as_json:
-        _json({**vars(found), "verdict": found.verdict})
-        return
-    sides = {"model": found.model, **({"baseline": found.baseline} if found.baseline else {})}
-    table(
-        ("", "p50 ms", "p90 ms", "ms a pass", "CPU ms a pass"),
-        [
-            (k, f"{v.p50:.3f}", f"{v.p90:.3f}", f"{v.passes.p50:.3f}", f"{v.passes.cpu_p50:.3f}")
-            for k, v in sides.items()
-        ],
-    )
-    parts = {"lowest": found.low, "highest": found.high}
-    rows = [
-        (
-            f"quarter of {k} density",
-            f"{len(v.steps)}",
-            f"{v.density:.1%}",
-            f"{v.model_ms:.3f}",
-            _decimals(v.baseline_ms, 3),
-            _decimals(v.ratio.median if v.ratio else None, 2),
-        )
-        for k, v in parts.items()
-        if v
-    ]
-    if rows:
-        table(("", "steps", "density", "model ms", "baseline ms", "ratio"), rows)
-    size = -(-len(found.steps) // _SHOWN_STEPS)
-    groups = [found.steps[i : i + size] for i in range(0, len(found.steps), size)]
-    titles = ("step", "density", "of the state", "model ms", "baseline ms", "ratio", "error")
-    table(titles, [_steps(g) for g in groups])
-    if size > 1:
-        say("of several steps the median; --json shows every step")
-    say(
-        f"{len(found.steps)} steps of {found.data}, {found.model.passes.samples} passes, mean density "
-        f"{found.density:.1%}; {found.threads} thread(s) on {found.target}"
-    )
-    if found.verdict:
-        say(found.verdict)
-
-
-def _steps(group: Sequence[StreamStep]) -> tuple[str, ...]:
-    """A line for one step, or for several that follow each other."""
-    from statistics import median
-
-    def middle(name: str, digits: int, factor: float = 1.0) -> str:
-        values = [v for step in group if (v := getattr(step, name)) is not None]
-        return _decimals(factor * median(values) if values else None, digits)
-
-    first, last = group[0].step, group[-1].step
-    shares = (f"{text} %" if (text := middle(name, 1, 100.0)) else "" for name in ("density", "state_density"))
-    times = (middle("model_ms", 3), middle("baseline_ms", 3), middle("ratio", 2), middle("error", 4))
-    return str(first) if first == last else f"{first} - {last}", *shares, *times
-
-
-def _decimals(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
 def fidelity(found: Fidelity, as_json: bool) -> None:
     """Prints a comparison."""
     if as_json:
-        _json(found)
+        print_json(found)
         return
     table(
         ("output", "SQNR dB", "cosine", "max error", "top-1 agreement", "KL"),
@@ -371,7 +303,7 @@ def fidelity(found: Fidelity, as_json: bool) -> None:
 def sensitivity(found: Impact, as_json: bool) -> None:
     """Prints what each block and each layer costs, the costliest first."""
     if as_json:
-        _json(found)
+        print_json(found)
         return
     titles = ("SQNR dB", "by Jacobian", "top-1 moved", "us float", "us integer")
     if found.groups:
@@ -385,44 +317,6 @@ def sensitivity(found: Impact, as_json: bool) -> None:
     )
 
 
-def sparsity(found: SparsityProfile, as_json: bool) -> None:
-    """Prints how sparse each block is, what dropping more would cost, and what to do."""
-    if as_json:
-        _json(found)
-        return
-    rows = [
-        (x.node, x.activation, str(x.neurons), str(x.dead), *_spread(x.natural), *_spread(x.effective))
-        for x in found.layers
-    ]
-    left = f"left at CETT {found.cett:g}"
-    table(("block", "activation", "neurons", "dead", "not zero", "P5 - P95", left, "P5 - P95"), rows)
-    if found.perplexity:
-        points = [(f"{p.cett:.3f}", f"{p.sparsity:.1%}", f"{p.perplexity:.3f}") for p in found.perplexity]
-        table(("CETT", "dropped", "perplexity"), points)
-    if found.one_percent is not None:
-        say(f"1 % more perplexity: {found.one_percent:.1%} of the neurons dropped")
-    for line in found.advice:
-        say(f"- {line}")
-    say(f"{found.tokens} tokens in {found.samples} samples")
-
-
-def perplexity(found: Perplexity, as_json: bool) -> None:
-    """Prints a perplexity, and its rise over a baseline."""
-    if as_json:
-        _json({**vars(found), "rise": found.rise})
-        return
-    say(
-        f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, window {found.window}, stride {found.stride}, "
-        f"{found.target})"
-    )
-    if found.rise is not None:
-        say(f"baseline {found.baseline:.4f}: {found.rise:+.2%}")
-
-
-def _spread(density: Density) -> tuple[str, str]:
-    return f"{density.mean:.1%}", f"{density.p5:.1%} - {density.p95:.1%}"
-
-
 def _impact(row: LayerImpact | GroupImpact) -> tuple[str, ...]:
     times = (_microseconds(t) for t in (row.float_microseconds, row.integer_microseconds))
     return f"{row.sqnr:.1f}", f"{row.weighted_sqnr:.1f}", f"{row.flips:.0%}", *times
@@ -430,6 +324,11 @@ def _impact(row: LayerImpact | GroupImpact) -> tuple[str, ...]:
 
 def _microseconds(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
+
+
+def decimals(value: float | None, digits: int) -> str:
+    """A number with so many digits behind the point; nothing for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _optional(value: float | None) -> str:
@@ -466,7 +365,8 @@ def _size(value: float) -> str:
     return size(value)
 
 
-def _json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Prints a value as JSON."""
     from onnxcomp.report import plain
 
     sys.stdout.write(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnxcomp.break_even import BreakEven, Op, Weights
+from onnxcomp.break_even import Op, Weights, entries
 
 _Case = tuple[Op, Weights, Weights, int, int]
 
@@ -53,10 +53,4 @@ _MEASURED: Mapping[_Case, Mapping[int, float]] = {
     ("nm_matmul", "int8", "int8", 5632, 2048): {1: 0.5, 2: 0.5, 4: 0.5, 8: 0.5, 128: 0.5},
 }
 
-DEFAULT = tuple(
-    BreakEven(
-        op=op, weights=weights, dense=dense, inputs=inputs, outputs=outputs, rows=rows, threads=1, sparsity=sparsity
-    )
-    for (op, weights, dense, inputs, outputs), found in _MEASURED.items()
-    for rows, sparsity in found.items()
-)
+DEFAULT = entries(_MEASURED)

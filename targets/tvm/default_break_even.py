@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnxcomp.break_even import BreakEven, Op, Weights
+from onnxcomp.break_even import Op, Weights, entries
 
 _Case = tuple[Op, Weights, Weights, int, int]
 
@@ -36,10 +36,4 @@ _MEASURED: Mapping[_Case, Mapping[int, float]] = {
     ("matmul", "int4", "int8", 5632, 2048): {1: 0.0, 2: 0.21, 4: 0.52, 8: 0.7, 128: 1.0},
 }
 
-DEFAULT = tuple(
-    BreakEven(
-        op=op, weights=weights, dense=dense, inputs=inputs, outputs=outputs, rows=rows, threads=1, sparsity=sparsity
-    )
-    for (op, weights, dense, inputs, outputs), found in _MEASURED.items()
-    for rows, sparsity in found.items()
-)
+DEFAULT = entries(_MEASURED)

@@ -15,11 +15,11 @@ from tvm.script import tirx as T
 _BINS = 4096
 """Of a histogram over 12 bits: the first of exponent and mantissa, then what follows."""
 
-_INFINITY = 0x7F800000
+INFINITY = 0x7F800000
 """Bits of a magnitude from which on it is not finite."""
 
 
-def _bits(x: Any) -> Any:
+def bits_of(x: Any) -> Any:
     """Bits of a magnitude; they are in its order, and a NaN comes last."""
     return T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF))
 
@@ -76,7 +76,7 @@ def largest(*, rows: int | None, k: int) -> Any:
         for b in T.serial(_BINS):
             bins[b] = 0
         for i in T.serial(k):
-            bits: T.let = _bits(x[row, i])
+            bits: T.let = bits_of(x[row, i])
             same: T.let = T.Select(T.shift_right(bits, above_bits) == state[0], 1, 0)
             at: T.let = T.bitwise_and(T.shift_right(bits, shift), (1 << (above_bits - shift)) - 1)
             bins[at] = bins[at] + same
@@ -112,7 +112,7 @@ def largest(*, rows: int | None, k: int) -> Any:
                 for i in T.serial(k):
                     values[row, found[0]] = x[row, i]
                     places[row, found[0]] = T.Cast("int32", i)
-                    bits: T.let = _bits(x[row, i])
+                    bits: T.let = bits_of(x[row, i])
                     equal: T.let = T.Select(bits == state[0], 1, 0)
                     tied: T.let = T.Select(found[1] < state[1], equal, 0)
                     found[0] = found[0] + T.Select(bits > state[0], 1, tied)
@@ -158,7 +158,7 @@ def changed(*, rows: int, k: int, n: int, each: bool, steps: int) -> Any:
             odd = T.alloc_buffer((1,), "int32")
             odd[0] = 0
             for j in T.serial(n):
-                odd[0] = T.max(odd[0], _bits(total[row, j]))
+                odd[0] = T.max(odd[0], bits_of(total[row, j]))
             for i in T.serial(k):
                 if steps > 0:
                     size: T.let = step[i if steps > 1 else 0]
@@ -170,14 +170,14 @@ def changed(*, rows: int, k: int, n: int, each: bool, steps: int) -> Any:
             for i in T.serial(k):
                 change: T.let = sent[row, i] - last[row, i]
                 kept: T.let = T.abs(change) <= t[i if each else 0]
-                odd[0] = T.max(odd[0], _bits(change))
+                odd[0] = T.max(odd[0], bits_of(change))
                 values[row, found[0]] = change
                 places[row, found[0]] = T.Cast("int32", i)
                 found[0] = found[0] + T.Select(kept, 0, 1)
                 sent[row, i] = T.Select(kept, last[row, i], sent[row, i])
             counts[row] = found[0]
             afresh[row] = 0
-            if odd[0] >= _INFINITY:
+            if odd[0] >= INFINITY:
                 for i in T.serial(k):
                     values[row, i] = sent[row, i]
                     places[row, i] = T.Cast("int32", i)

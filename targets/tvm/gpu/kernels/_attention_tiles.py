@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from onnxcomp.targets.tvm.gpu.kernels._heads import Heads
+from onnxcomp.targets.tvm.gpu.kernels._tile import UNROLLED
 from onnxcomp.targets.tvm.gpu.kernels._vectors import beside, zeros
 from onnxcomp.targets.tvm.gpu.kernels._warp import add_lanes, top_lanes
 
@@ -29,9 +30,6 @@ _DEPTH = 16
 
 _PAD = 4
 """Values between rows in shared memory, so that a warp writes to different banks."""
-
-_UNROLLED = {"pragma_unroll": True}
-"""Asks nvcc to unroll a loop, so that reads of the next step hide behind the products of this one."""
 
 _WIDTH = 128
 """Channels of the output of a block at most; for more, several blocks compute the same scores."""
@@ -103,7 +101,7 @@ def tiles(of: Heads, high: int) -> Any:
     def multiply_scores(stage, scores, ty, tx):
         a = T.alloc_buffer((high,), "float32", scope="local")
         b = T.alloc_buffer((4,), "float32", scope="local")
-        for c in T.serial(_DEPTH, annotations=_UNROLLED):
+        for c in T.serial(_DEPTH, annotations=UNROLLED):
             a[beside(0, high)] = stage[beside(c * row_step + ty * high, high)]
             b[beside(0, 4)] = stage[beside(_DEPTH * row_step + c * key_step + tx * 4, 4)]
             for i in T.unroll(high):
@@ -143,7 +141,7 @@ def tiles(of: Heads, high: int) -> Any:
     def multiply_values(stage, powers, sums, part, ty, tx):
         a = T.alloc_buffer((high,), "float32", scope="local")
         b = T.alloc_buffer((across,), "float32", scope="local")
-        for r in T.serial(_DEPTH, annotations=_UNROLLED):
+        for r in T.serial(_DEPTH, annotations=UNROLLED):
             a[beside(0, high)] = powers[beside((part * _DEPTH + r) * row_step + ty * high, high)]
             for c in T.unroll(across // vector):
                 b[beside(c * vector, vector)] = stage[beside(r * width + (c * SIDE + tx) * vector, vector)]

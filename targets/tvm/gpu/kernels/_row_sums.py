@@ -16,6 +16,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from onnxcomp.targets.tvm.gpu.kernels._launch import resident
+from onnxcomp.targets.tvm.gpu.kernels._vectors import beside
 from onnxcomp.targets.tvm.gpu.machine import Gpu
 
 _THREADS = 256
@@ -58,11 +59,6 @@ class Form:
     add: Any
     close: Any
     store: Any
-
-
-def run(first: Any, count: int) -> Any:
-    """Index of so many values beside one another."""
-    return T.ramp(first, 1, count) if count > 1 else first
 
 
 def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int, most: int | None = None) -> Any:
@@ -123,7 +119,7 @@ def row_sums(machine: Gpu, form: Form, *, rows: int | None, k: int, n: int, most
                 pass_(values, places, w, scale, zero, sums, row, rest + slice_, end, unit, False)
             close(sums, zero)
         for q in T.unroll(quads):
-            heap[run(slice_ * wide + (q * lanes + lane) * quad, quad)] = sums[run(q * quad, quad)]
+            heap[beside(slice_ * wide + (q * lanes + lane) * quad, quad)] = sums[beside(q * quad, quad)]
         T.tvm_storage_sync("shared")
         for i in T.serial((wide + _THREADS - 1) // _THREADS):
             j: T.let = i * _THREADS + thread

@@ -21,7 +21,7 @@ from onnxcomp.targets.tvm.gpu.machine import WARP, Gpu
 _PAD = 4
 """Values between rows of x in shared memory: threads that store a column of them hit different banks."""
 
-_UNROLLED = {"pragma_unroll": True}
+UNROLLED = {"pragma_unroll": True}
 """Asks nvcc to unroll a loop, so that reads of the next step hide behind the products of this one."""
 
 _LAUNCH = 4000
@@ -205,7 +205,7 @@ def sums_of(
     def compute(x_tile, w_tile, sums, thread):
         left = T.alloc_buffer((high,), "float32", scope="local")
         above = T.alloc_buffer((wide,), "float32", scope="local")
-        for k in T.serial(depth, annotations=_UNROLLED):
+        for k in T.serial(depth, annotations=UNROLLED):
             for i in T.unroll(high // run):
                 left[beside(i * run, run)] = x_tile[beside(k * pitch + tile.row(thread, i * run), run)]
             for j in T.unroll(wide // 4):

@@ -9,9 +9,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from onnxcomp.targets.tvm.gpu.kernels._warp import ALL
 from onnxcomp.targets.tvm.gpu.machine import THREADS, WARP
-
-_ALL = 0xFFFFFFFF
 
 AHEAD = 4
 """Values that a thread reads before it looks at the first of them."""
@@ -29,7 +28,7 @@ def run_of(k: int) -> int:
 
 def votes(holds: Any) -> Any:
     """A bit for each lane, uint32, set where an int32 expression is not 0. All lanes have to take part."""
-    return T.call_extern("uint32", "__ballot_sync", T.uint32(_ALL), holds)
+    return T.call_extern("uint32", "__ballot_sync", T.uint32(ALL), holds)
 
 
 def how_many(bits: Any) -> Any:
@@ -70,6 +69,6 @@ def add_lanes_before(values, at, lane):
     """Sum of `values[at]`, int32, over the lanes up to one, itself included, to this one."""
     other = T.alloc_buffer((1,), "int32", scope="local")
     for i in T.unroll(5):
-        other[0] = T.call_extern("int32", "__shfl_up_sync", T.uint32(_ALL), values[at], 1 << i)
+        other[0] = T.call_extern("int32", "__shfl_up_sync", T.uint32(ALL), values[at], 1 << i)
         if lane >= 1 << i:
             values[at] = values[at] + other[0]

@@ -8,12 +8,13 @@ from tvm.script import tirx as T
 
 from onnxcomp.targets.tvm.gpu.machine import WARP
 
-_ALL = 0xFFFFFFFF
+ALL = 0xFFFFFFFF
+"""Mask of all lanes of a warp."""
 
 
 def exchanged(value: Any, distance: Any) -> Any:
     """A float32 expression of the lane whose number differs in the bit `distance`; all lanes have to take part."""
-    return T.call_extern("float32", "__shfl_xor_sync", T.uint32(_ALL), value, distance)
+    return T.call_extern("float32", "__shfl_xor_sync", T.uint32(ALL), value, distance)
 
 
 @T.inline

@@ -20,7 +20,7 @@ from onnxcomp.ops import GROUP
 from onnxcomp.targets.tvm.gpu.kernels._group_numbers import Numbers
 from onnxcomp.targets.tvm.gpu.kernels._integers import flipped, from_flipped, opaque_sixteen, sixteen_plus
 from onnxcomp.targets.tvm.gpu.kernels._launch import resident
-from onnxcomp.targets.tvm.gpu.kernels._row_sums import run
+from onnxcomp.targets.tvm.gpu.kernels._vectors import beside
 from onnxcomp.targets.tvm.gpu.kernels._warp import add_lanes
 from onnxcomp.targets.tvm.gpu.machine import SHARED, WARP, Gpu
 from onnxcomp.targets.tvm.kernels.int4 import int4_shape
@@ -153,7 +153,7 @@ def _products(machine: Gpu, form: _Form, rows: int | None, k: int, f: int) -> An
     @T.inline
     def inputs(values, xs, x, row, unit, index):
         if held:
-            values[run(0, part)] = xs[run(form.run(unit, index), part)]
+            values[beside(0, part)] = xs[beside(form.run(unit, index), part)]
         else:
             for j in T.unroll(part):
                 c: T.let = form.first(unit, index) + j
@@ -224,7 +224,7 @@ def _plain(k: int, dtype: str) -> _Form:
         if each * bits < 32:
             read[at] = T.Cast("int32", up[neuron, unit])
         else:
-            read[run(at, words)] = T.reinterpret(of_words, up[neuron, run(unit * each, each)])
+            read[beside(at, words)] = T.reinterpret(of_words, up[neuron, beside(unit * each, each)])
 
     @T.inline
     def multiply(sums, s, read, at, x, index, zero):

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 
 from onnxcomp.targets.tvm.gpu.kernels._integers import flipped, from_flipped, from_half
 from onnxcomp.targets.tvm.gpu.kernels._launch import resident
-from onnxcomp.targets.tvm.gpu.kernels._row_sums import run
+from onnxcomp.targets.tvm.gpu.kernels._vectors import beside
 from onnxcomp.targets.tvm.gpu.kernels._warp import exchanged
 from onnxcomp.targets.tvm.gpu.machine import WARP, Gpu
 from onnxcomp.targets.tvm.kernels.nm import COLUMNS, QUAD, inputs_of_quad, quads
@@ -138,9 +138,9 @@ def _product(
         slot: T.let = start // COLUMNS
         for a in T.unroll(ahead):
             quad: T.let = T.min((first + i + a) * span + lane * each // (QUAD * COLUMNS), count - 1)
-            words[run(a * _WORDS, _WORDS)] = T.reinterpret("int32x4", values[block, quad, run(start, each)])
-            bits[run(a * place_words, place_words)] = T.reinterpret(
-                of_places, places[block, quad, run(start % COLUMNS, each)]
+            words[beside(a * _WORDS, _WORDS)] = T.reinterpret("int32x4", values[block, quad, beside(start, each)])
+            bits[beside(a * place_words, place_words)] = T.reinterpret(
+                of_places, places[block, quad, beside(start % COLUMNS, each)]
             )
         for a in T.unroll(ahead):
             group: T.let = lane * each // (QUAD * COLUMNS) * (of_quad // _GROUP) + slot // kept
@@ -149,7 +149,7 @@ def _product(
             for j in T.unroll(each):
                 place: T.let = T.bitwise_and(T.shift_right(bits[a * place_words + j // 4], j % 4 * 8), 3)
                 at: T.let = (((i + a) * _GROUP + place) * groups + group) * height
-                chosen[run(0, height)] = xs[run(at, height)]
+                chosen[beside(0, height)] = xs[beside(at, height)]
                 for r in T.unroll(height):
                     sums[r * each + j] = sums[r * each + j] + chosen[r] * value(words, a, j)
 

@@ -25,17 +25,10 @@ from onnxcomp.targets.tvm.gpu.kernels._votes import (
     warps_of,
 )
 from onnxcomp.targets.tvm.gpu.machine import WARP
+from onnxcomp.targets.tvm.kernels.selection import INFINITY, bits_of
 
 _BINS = 2048
 """Of a histogram: 8 bits of exponent and 3 of mantissa, so that not all values meet in one bin."""
-
-_INFINITY = 0x7F800000
-"""Bits of a magnitude from which on it is not finite."""
-
-
-def _bits(x: Any) -> Any:
-    """Bits of a magnitude; they are in its order, and a NaN comes last."""
-    return T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF))
 
 
 @cache
@@ -136,7 +129,7 @@ def largest(*, rows: int | None, k: int) -> Any:
         T.tvm_storage_sync("shared")
         for i in T.serial((k + threads - 1) // threads):
             if i * threads + thread < k:
-                bits: T.let = _bits(x[row, i * threads + thread])
+                bits: T.let = bits_of(x[row, i * threads + thread])
                 if T.shift_right(bits, above_bits) == state[0]:
                     at: T.let = T.bitwise_and(T.shift_right(bits, shift), count - 1)
                     T.evaluate(T.call_extern("int32", "atomicAdd", T.address_of(bins[at]), 1))
@@ -173,7 +166,7 @@ def largest(*, rows: int | None, k: int) -> Any:
         for u in T.unroll(AHEAD):
             held[u] = T.if_then_else(first + u * WARP < k, x[row, first + u * WARP], T.float32(0))
         for u in T.unroll(AHEAD):
-            bits: T.let = _bits(held[u])
+            bits: T.let = bits_of(held[u])
             kind[u] = 0
             if first + u * WARP < k:
                 kind[u] = T.Select(bits > state[0], 1, T.Select(bits == state[0], 2, 0))
@@ -305,15 +298,15 @@ def changed(*, rows: int, k: int, n: int, each: bool, steps: int) -> Any:
                 odd[0] = 0
                 for j in T.serial((n + threads - 1) // threads):
                     if j * threads + thread < n:
-                        odd[0] = T.max(odd[0], _bits(total[row, j * threads + thread]))
+                        odd[0] = T.max(odd[0], bits_of(total[row, j * threads + thread]))
                 for j in T.serial(run // (WARP * AHEAD)):
                     look(x, last, t, step, now, change, kept, row, first + j * (WARP * AHEAD))
                     for u in T.unroll(AHEAD):
-                        odd[0] = T.max(odd[0], _bits(change[u]))
+                        odd[0] = T.max(odd[0], bits_of(change[u]))
                         vote[0] = votes(kept[u])
                         own[0] = own[0] + how_many(vote[0])
                 add_before(shared, own, before, warp, lane, warps)
-                vote[0] = votes(T.Cast("int32", odd[0] >= _INFINITY))
+                vote[0] = votes(T.Cast("int32", odd[0] >= INFINITY))
                 odd[0] = T.Cast("int32", vote[0] != T.uint32(0))
                 add_before(shared, odd, odd, warp, lane, warps)
                 for j in T.serial(run // (WARP * AHEAD)):

@@ -16,7 +16,8 @@ from onnxcomp.ops import GROUP
 from onnxcomp.targets.tvm.gpu.kernels._group_numbers import Numbers
 from onnxcomp.targets.tvm.gpu.kernels._integers import flipped, from_flipped, opaque_sixteen, sixteen_plus
 from onnxcomp.targets.tvm.gpu.kernels._many_rows import EIGHT, FEWEST_ROWS, many_rows
-from onnxcomp.targets.tvm.gpu.kernels._row_sums import Form, row_sums, run
+from onnxcomp.targets.tvm.gpu.kernels._row_sums import Form, row_sums
+from onnxcomp.targets.tvm.gpu.kernels._vectors import beside
 from onnxcomp.targets.tvm.gpu.machine import WARP, Gpu
 from onnxcomp.targets.tvm.kernels.int4 import int4_shape
 
@@ -108,7 +109,7 @@ def _plain(n: int, dtype: str, carried: bool) -> Form:
         if each * bits < 32:
             read[at] = T.Cast("int32", w[row, unit])
         else:
-            read[run(at, words)] = T.reinterpret(of_words, w[row, run(unit * each, each)])
+            read[beside(at, words)] = T.reinterpret(of_words, w[row, beside(unit * each, each)])
 
     @T.inline
     def add(sums, read, at, x):
