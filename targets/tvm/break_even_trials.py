@@ -33,6 +33,7 @@ from onnxcomp.targets.tvm.machine import Machine
 _BYTES: dict[Weights, float] = {"fp32": 4, "int8": 1, "int4": 0.5}
 _KINDS: tuple[Weights, ...] = ("fp32", "int8", "int4")
 _GROUP = 32  # inputs that share a scale of 4-bit weights
+_MOST_COPIES = 2048  # of a small weight, which would take millions
 
 _Step: TypeAlias = Callable[[], Any]
 
@@ -94,7 +95,7 @@ class _Trial:
         self._machine, self._kind, self._gated = machine, kind, op == "gated_mlp"
         self._shapes = [(inputs, outputs), (outputs, inputs)] if self._gated else [(inputs, outputs)]
         size = sum(k * n for k, n in self._shapes)
-        copies = max(2, round(beyond_cache() / (size * _BYTES[kind])))
+        copies = max(2, min(_MOST_COPIES, round(beyond_cache() / (size * _BYTES[kind]))))
         self._random = np.random.default_rng(0)
         self._layers = [[self._layer(k, n, up=self._gated and not i) for i, (k, n) in enumerate(self._shapes)]]
         # Copies take memory of their own; what is in them does not matter.
